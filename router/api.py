@@ -1,0 +1,96 @@
+"""The seam between the router's fronts and its dispatcher: jobs in, deltas out.
+
+front:      bytes of a client -> Job (validated, tokenized)            validation, tokens
+dispatcher: Job -> Delta...   (placement, attempts, resumes)           placement, dispatch
+front:      Delta -> text, stop strings -> bytes for the client        text
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from pdserve.types import (
+    FinishReason,
+    Load,
+    ModelFacts,
+    RequestId,
+    Sampling,
+    TokenLogprob,
+    TokenOut,
+    Usage,
+    WorkerFacts,
+    WorkerState,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who calls, as authentication found out. ``salt`` separates tenants' cached blocks."""
+
+    name: str
+    salt: bytes
+
+
+ANONYMOUS = Principal("anonymous", b"")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One sequence to generate; every value validated, every default resolved."""
+
+    request_id: RequestId
+    principal: Principal
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    deadline: float  # seconds of time.monotonic()
+    generated: tuple[int, ...] = ()  # resume after these
+    salt: bytes = b""  # of the principal and the request's cache_salt together
+    priority: int = 0
+    resume: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """Some tokens of a job, in order, without gap or repeat.
+
+    The first has ``prompt_logprobs`` if asked for; each has the usage so far; the last, and only
+    the last, has ``finish``. A job whose prompt and ``generated`` already meet a stop condition
+    ends with one Delta without tokens.
+    """
+
+    offset: int  # index of tokens[0] among all generated tokens
+    tokens: tuple[TokenOut, ...]
+    usage: Usage
+    finish: FinishReason | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerView:
+    """One worker in a frozen snapshot of the registry."""
+
+    facts: WorkerFacts
+    state: WorkerState
+    load: Load = field(default_factory=Load)
+    # Attempts that the router sent and that have not ended.
+    in_flight: int = 0
+
+
+class Dispatcher(Protocol):
+    """What a front needs from the rest of the router."""
+
+    def generate(self, job: Job) -> AsyncIterator[Delta]:
+        """Raises PdserveError before or between deltas; closing the iterator cancels the job."""
+        ...
+
+    def model(self) -> ModelFacts | None:
+        """Facts that the workers agreed on; None while no worker was ever seen."""
+        ...
+
+    def workers(self) -> tuple[WorkerView, ...]: ...
+
+    def ready(self) -> tuple[bool, str]:
+        """Whether a request went the whole way and still could; else the reason why not."""
+        ...
