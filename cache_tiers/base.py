@@ -29,7 +29,7 @@ class TierStats:
 
 
 class CacheTier(Protocol):
-    """Thread-safe. ``into`` and ``values`` are whole spans; raises TierError when it cannot work."""
+    """Thread-safe. ``into``, ``values``: whole spans. Raises TierError when it cannot work."""
 
     name: Tier
 
