@@ -1,0 +1,113 @@
+"""What must hold between several settings at once; each rule is one small function.
+
+A rule returns what is wrong, or an empty text. Rules see values that are already of the right
+type and within their own bounds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from urllib.parse import urlsplit
+
+from pdserve.config import Config
+from pdserve.errors import ConfigError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_REDIS_SCHEMES = ("redis", "rediss", "unix")
+
+
+def check_rules(config: Config) -> None:
+    """Raises ConfigError with the first rule that does not hold."""
+    for rule in RULES:
+        problem = rule(config)
+        if problem:
+            raise ConfigError(problem)
+
+
+def _name(config: Config) -> str:
+    if _NAME.fullmatch(config.name):
+        return ""
+    return (
+        f"name = {config.name!r}: expected letters, digits, '_', '.' and '-', "
+        "not starting with a sign, 64 at most"
+    )
+
+
+def _somebody_answers(config: Config) -> str:
+    if config.pools.decode + config.pools.mixed > 0:
+        return ""
+    return "pools.decode = 0 and pools.mixed = 0: somebody must write the answers; ask for one"
+
+
+def _exact_is_wide(config: Config) -> str:
+    model = config.model
+    if model.numerics != "exact" or model.dtype in ("auto", "float32", "float64"):
+        return ""
+    return f"model.numerics = 'exact' needs model.dtype float32 or float64, not {model.dtype!r}"
+
+
+def _tls_pair(config: Config) -> str:
+    security = config.security
+    if bool(security.tls_cert) == bool(security.tls_key):
+        return ""
+    have, lack = ("tls_cert", "tls_key") if security.tls_cert else ("tls_key", "tls_cert")
+    return f"security.{have} is set and security.{lack} is not: TLS needs both"
+
+
+def _redis_url(config: Config) -> str:
+    redis = config.cache.redis
+    if redis.mode == "url":
+        if urlsplit(redis.url).scheme in _REDIS_SCHEMES:
+            return ""
+        return (
+            "cache.redis.mode = 'url' needs cache.redis.url: a redis://, rediss:// or unix:// one"
+        )
+    if redis.url:
+        return f"cache.redis.url is set but cache.redis.mode is {redis.mode!r}: set the mode to url"
+    return ""
+
+
+def _redis_reachable(config: Config) -> str:
+    if config.pools.ray_address == "local" or config.cache.redis.mode != "local":
+        return ""
+    return (
+        "cache.redis.mode = 'local' listens on a unix socket, which workers of a joined Ray "
+        "cluster cannot reach: set cache.redis.mode to url or off"
+    )
+
+
+def _ports_differ(config: Config) -> str:
+    router = config.router
+    if router.http_port != router.grpc_port or router.http_port == 0:
+        return ""
+    return f"router.http_port and router.grpc_port are both {router.http_port}: take two ports"
+
+
+def _timers_order(config: Config) -> str:
+    timers = config.timers
+    if timers.dead_after_s > timers.heartbeat_s:
+        return ""
+    return (
+        f"timers.dead_after_s = {timers.dead_after_s:g} must exceed "
+        f"timers.heartbeat_s = {timers.heartbeat_s:g}"
+    )
+
+
+def _strict_has_prefill(config: Config) -> str:
+    if not config.router.strict or config.pools.prefill > 0 or config.pools.mixed > 0:
+        return ""
+    return "router.strict refuses every request when pools.prefill = 0: ask for a prefill worker"
+
+
+RULES: tuple[Callable[[Config], str], ...] = (
+    _name,
+    _somebody_answers,
+    _exact_is_wide,
+    _tls_pair,
+    _redis_url,
+    _redis_reachable,
+    _ports_differ,
+    _timers_order,
+    _strict_has_prefill,
+)
