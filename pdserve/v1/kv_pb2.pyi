@@ -157,10 +157,8 @@ class Accepted(_message.Message):
     def __init__(self, endpoint: _Optional[_Union[KvEndpoint, _Mapping]] = ..., queue_length: _Optional[int] = ...) -> None: ...
 
 class Started(_message.Message):
-    __slots__ = ("cached_tokens",)
-    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    cached_tokens: _inference_pb2.CachedTokens
-    def __init__(self, cached_tokens: _Optional[_Union[_inference_pb2.CachedTokens, _Mapping]] = ...) -> None: ...
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class BlockOffer(_message.Message):
     __slots__ = ("index", "block", "generation", "checksum")

@@ -1,0 +1,272 @@
+"""Performs one attempt: connects its state machine to engine, prefill peer, reads and router.
+
+Everything runs on the worker's event loop; only reads of blocks run on threads. The order of one
+hand-off is in decode_worker/protocol.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kv_transfer.convert import endpoint_from_proto, offer_from_proto
+
+from decode_worker import protocol
+from decode_worker.facts import AttemptRecord
+from decode_worker.peer import PeerStubs, PrefillPeer
+from kv_transfer.base import BlockOffer, BlockReader, Endpoint, ReadReport
+from pdserve.engine import api
+from pdserve.errors import (
+    InternalError,
+    LayoutMismatch,
+    PdserveError,
+    StaleIncarnation,
+    TransferError,
+    WorkerLost,
+)
+from pdserve.rpc import convert
+from pdserve.types import PROTOCOL_VERSION, WorkerFacts
+from pdserve.v1 import inference_pb2, kv_pb2, worker_pb2
+from pdserve.worker.bridge import EngineBridge, SequenceEvent
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptServices:
+    """What all attempts of a worker share."""
+
+    bridge: EngineBridge
+    facts: WorkerFacts
+    stubs: PeerStubs
+    # Both run on threads of their own: opening may connect, reading copies.
+    open_reader: Callable[[Endpoint], Awaitable[BlockReader]]
+    read: Callable[
+        [BlockReader, tuple[BlockOffer, ...], tuple[int, ...], float], Awaitable[ReadReport]
+    ]
+    keep_alive_s: float
+
+
+class Attempt:
+    """One StartAttempt. ``emit`` hands events to the session; ``ended`` comes last."""
+
+    def __init__(
+        self,
+        services: AttemptServices,
+        start: worker_pb2.StartAttempt,
+        submit: api.Submit,
+        emit: Callable[[worker_pb2.AttemptEvent], None],
+        ended: Callable[[], None],
+    ) -> None:
+        self._services = services
+        self._start = start
+        self._submit = submit
+        self._emit = emit
+        self._ended = ended
+        with_peer = start.HasField("prefill")
+        self._machine = protocol.DecodeAttempt(submit.seq, submit.tokens.generated, with_peer)
+        self._record = AttemptRecord(
+            services.facts.model.block_size,
+            prefill_worker=start.prefill.worker_id if with_peer else "",
+            skip_reason=start.skip_reason or "local",
+        )
+        self._peer: PrefillPeer | None = None
+        self._reader: asyncio.Future[BlockReader] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        # Sent with the first tokens.
+        self._prompt_logprobs: list[inference_pb2.TokenLogprob] = []
+        self._facts_sent = False
+
+    def begin(self) -> None:
+        if self._start.HasField("prefill"):
+            self._spawn(self._follow_peer())
+        else:
+            self._services.bridge.submit(self._submit, self._on_engine)
+
+    def cancel(self, reason: PdserveError) -> None:
+        self._perform(self._machine.cancel(reason))
+
+    # ---- the peer
+
+    async def _follow_peer(self) -> None:
+        peer = PrefillPeer(
+            self._services.stubs.stub(self._start.prefill.address),
+            self._start_prefill(),
+            self._services.keep_alive_s,
+        )
+        self._peer = peer
+        try:
+            async for message in peer.messages():
+                self._perform(self._on_peer(message))
+            self._perform(self._machine.peer_lost(WorkerLost("prefill closed the hand-off")))
+        except PdserveError as error:
+            peer.drop()
+            self._perform(self._machine.peer_lost(error))
+
+    def _on_peer(self, message: kv_pb2.PrefillToDecode) -> list[protocol.Effect]:
+        kind = message.WhichOneof("message")
+        if kind == "accepted":
+            endpoint = endpoint_from_proto(message.accepted.endpoint)
+            if endpoint.incarnation != self._start.prefill.incarnation:
+                raise StaleIncarnation("the prefill worker is not the one that was chosen")
+            if endpoint.fingerprint != self._services.facts.model.fingerprint:
+                raise LayoutMismatch("the prefill worker's KV layout differs from this worker's")
+            self._reader = asyncio.ensure_future(self._services.open_reader(endpoint))
+            return self._machine.accepted()
+        if kind == "started":
+            return self._machine.started()
+        if kind == "offer":
+            return self._machine.offered([offer_from_proto(o) for o in message.offer.blocks])
+        if kind == "finished":
+            return self._peer_finished(message.finished)
+        return []  # a message of a later version: nothing that this one waits for
+
+    def _peer_finished(self, finished: kv_pb2.PrefillFinished) -> list[protocol.Effect]:
+        record = self._record
+        record.cached = convert.cached_tokens_from_proto(finished.cached_tokens)
+        record.chunks = tuple(convert.chunk_timing_from_proto(c) for c in finished.chunks)
+        record.preemptions += finished.preemptions
+        finish = convert.finish_reason_from_proto(finished.finish_reason)
+        token = None
+        if finished.HasField("first_token"):
+            token = convert.token_out_from_proto(finished.first_token)
+        if finish is not None:
+            record.skip_reason = "ended_at_first_token"
+        elif not record.bytes_moved:
+            record.skip_reason = "all_blocks_local"
+        self._prompt_logprobs = list(finished.prompt_logprobs)
+        return self._machine.peer_finished(token, finish)
+
+    def _start_prefill(self) -> kv_pb2.StartPrefill:
+        start, facts = self._start, self._services.facts
+        return kv_pb2.StartPrefill(
+            attempt_id=start.attempt_id,
+            request_id=start.request_id,
+            tokens=start.tokens,
+            sampling=start.sampling,
+            remaining_ms=start.remaining_ms,
+            expected_incarnation=start.prefill.incarnation,
+            decode_incarnation=facts.incarnation,
+            layout_fingerprint=facts.model.fingerprint,
+            priority=start.priority,
+            protocol_version=PROTOCOL_VERSION,
+        )
+
+    # ---- reads
+
+    async def _read(self, effect: protocol.Read) -> None:
+        assert self._reader is not None, "an offer follows accepted"
+        try:
+            reader = await self._reader
+            report = await self._services.read(
+                reader, effect.offers, effect.into, self._submit.deadline
+            )
+        except PdserveError as error:
+            logger.warning("attempt %s: %s", self._submit.seq.hex(), error)
+            self._perform(self._machine.read_failed(error))
+        else:
+            self._record.read(effect.offers, report, reader.transport.value)
+            self._perform(self._machine.read_done(effect.offers, report))
+
+    # ---- the engine
+
+    def _on_engine(self, event: SequenceEvent) -> None:
+        if isinstance(event, api.Tokens):
+            self._perform(self._machine.tokens(event))
+        elif isinstance(event, api.Reserved):
+            self._perform(self._machine.reserved(event))
+        elif isinstance(event, api.Failed):
+            self._perform(self._machine.engine_failed(event.error))
+
+    # ---- effects
+
+    def _perform(self, effects: list[protocol.Effect]) -> None:
+        for effect in effects:
+            if isinstance(effect, protocol.Emit):
+                self._emit_tokens(effect)
+            elif isinstance(effect, protocol.Post):
+                self._services.bridge.post(effect.command)
+            elif isinstance(effect, protocol.Read):
+                self._spawn(self._read(effect))
+            elif isinstance(effect, protocol.EmitFailure):
+                self._emit_failure(effect)
+            elif isinstance(effect, protocol.End):
+                self._services.bridge.forget(self._submit.seq)
+                self._ended()
+            elif isinstance(effect, protocol.SubmitImport):
+                submit = replace(self._submit, job=api.Job.IMPORT)
+                self._services.bridge.submit(submit, self._on_engine)
+            else:
+                self._tell_peer(effect)
+
+    def _tell_peer(
+        self, effect: protocol.SendGrant | protocol.SendDone | protocol.DropPeer
+    ) -> None:
+        if self._peer is None:
+            return  # cancelled before the call was opened
+        if isinstance(effect, protocol.SendGrant):
+            self._peer.grant(effect.block_indices, "")
+        elif isinstance(effect, protocol.SendDone):
+            self._peer.done()
+        else:
+            self._peer.drop()
+
+    def _emit_tokens(self, effect: protocol.Emit) -> None:
+        event = worker_pb2.AttemptEvent(
+            attempt_id=self._submit.seq,
+            offset=effect.offset,
+            tokens=[convert.token_out_to_proto(token) for token in effect.tokens],
+        )
+        source = effect.event
+        if source is not None:
+            self._note(source)
+        if effect.finish is not None:
+            event.finish_reason = convert.finish_reason_to_proto(effect.finish)
+        if not self._facts_sent:
+            event.prompt_logprobs.extend(self._prompt_logprobs)
+        if effect.finish is not None or not self._facts_sent:
+            self._facts_sent = True
+            event.facts.CopyFrom(self._record.to_proto())
+        self._emit(event)
+
+    def _note(self, source: api.Tokens) -> None:
+        record = self._record
+        record.preemptions = max(record.preemptions, source.preemptions)
+        if not self._start.HasField("prefill"):
+            record.cached = source.cached
+            record.chunks = source.chunks
+            self._prompt_logprobs += [
+                convert.token_logprob_to_proto(entry) for entry in source.prompt_logprobs
+            ]
+
+    def _emit_failure(self, effect: protocol.EmitFailure) -> None:
+        error = effect.error
+        # Another pair may do what this one could not; a bad request fails anywhere.
+        retryable = error.retryable or isinstance(error, TransferError | InternalError)
+        failure = worker_pb2.AttemptFailure(
+            code=error.code,
+            message=str(error),
+            retryable=retryable,
+            retry_after_ms=int(1000 * (error.retry_after_s or 0)),
+            suspect_worker=(
+                self._start.prefill.worker_id if effect.peer_at_fault and retryable else ""
+            ),
+        )
+        self._emit(worker_pb2.AttemptEvent(attempt_id=self._submit.seq, failure=failure))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._reap)
+
+    def _reap(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if task.cancelled() or task.exception() is None:
+            return
+        logger.error("attempt %s broke", self._submit.seq.hex(), exc_info=task.exception())
+        error = InternalError("the decode worker failed to serve this attempt")
+        self._emit_failure(protocol.EmitFailure(error, peer_at_fault=False))
+        self._perform(self._machine.cancel(error))

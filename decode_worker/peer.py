@@ -1,0 +1,87 @@
+"""The stream to a prefill worker: one ``Prefill.Run`` call of one attempt, seen from its caller.
+
+peer = PrefillPeer(stub, start, ...)    the call is open
+peer.grant(...) / peer.done() / peer.drop()
+async for message in peer.messages()    typed errors instead of RPC errors
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import grpc
+
+from pdserve.errors import WorkerLost
+from pdserve.rpc.channels import make_channel
+from pdserve.rpc.status import from_rpc_error
+from pdserve.v1 import kv_pb2, kv_pb2_grpc
+
+
+class PrefillPeer:
+    """Owns the call. ``keep_alive_s`` is well below the peer's lease."""
+
+    def __init__(
+        self, stub: kv_pb2_grpc.PrefillStub, start: kv_pb2.StartPrefill, keep_alive_s: float
+    ) -> None:
+        self._outbox: asyncio.Queue[kv_pb2.DecodeToPrefill | None] = asyncio.Queue()
+        self._keep_alive_s = keep_alive_s
+        self._outbox.put_nowait(kv_pb2.DecodeToPrefill(start=start))
+        self._call = stub.Run(self._requests())
+
+    def grant(self, block_indices: tuple[int, ...], transport: str) -> None:
+        grant = kv_pb2.Grant(block_indices=block_indices, transport=transport)
+        self._outbox.put_nowait(kv_pb2.DecodeToPrefill(grant=grant))
+
+    def done(self) -> None:
+        self._outbox.put_nowait(kv_pb2.DecodeToPrefill(done=kv_pb2.Done()))
+        self._outbox.put_nowait(None)
+
+    def drop(self) -> None:
+        self._call.cancel()
+
+    async def messages(self) -> AsyncIterator[kv_pb2.PrefillToDecode]:
+        """Ends when the peer ended the call well; raises PdserveError when it did not."""
+        try:
+            async for message in self._call:
+                yield message
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
+        except asyncio.CancelledError:
+            # grpc raises this for a call that drop() cancelled, as for a cancelled task.
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise WorkerLost("the hand-off was dropped") from None
+
+    async def _requests(self) -> AsyncIterator[kv_pb2.DecodeToPrefill]:
+        while True:
+            try:
+                message = await asyncio.wait_for(self._outbox.get(), self._keep_alive_s)
+            except TimeoutError:
+                yield kv_pb2.DecodeToPrefill(keep_alive=kv_pb2.KeepAlive())
+                continue
+            if message is None:
+                return
+            yield message
+
+
+class PeerStubs:
+    """One channel per prefill address, opened when first used."""
+
+    def __init__(self, token: str, max_message_bytes: int) -> None:
+        self._token = token
+        self._max_message_bytes = max_message_bytes
+        self._channels: dict[str, grpc.aio.Channel] = {}
+
+    def stub(self, address: str) -> kv_pb2_grpc.PrefillStub:
+        channel = self._channels.get(address)
+        if channel is None:
+            channel = make_channel(address, self._token, max_message_bytes=self._max_message_bytes)
+            self._channels[address] = channel
+        return kv_pb2_grpc.PrefillStub(channel)
+
+    async def close(self) -> None:
+        for channel in self._channels.values():
+            await channel.close()
+        self._channels.clear()

@@ -1,0 +1,179 @@
+"""``Decode.Session``: all attempts between one router and this worker, on one stream.
+
+Inbound messages start and cancel attempts. Outbound, all that happened since the last message goes
+out as one, so that an engine step with many sequences costs one message. When the stream ends, or
+the router says nothing for too long (a stopped process closes no socket), every attempt of the
+session is cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+
+import grpc
+
+from decode_worker.attempt import Attempt, AttemptServices
+from pdserve.engine import api
+from pdserve.errors import (
+    Draining,
+    PdserveError,
+    ProtocolError,
+    StaleIncarnation,
+    WorkerLost,
+)
+from pdserve.v1 import worker_pb2, worker_pb2_grpc
+from pdserve.worker.wire import submit_from_wire
+
+logger = logging.getLogger(__name__)
+
+
+class DecodeService(worker_pb2_grpc.DecodeServicer):
+    """Serves sessions of one engine."""
+
+    def __init__(
+        self, services: AttemptServices, silence_s: float, draining: Callable[[], bool]
+    ) -> None:
+        self._services = services
+        self._silence_s = silence_s
+        self._draining = draining
+        self._sessions: set[_Session] = set()
+
+    @property
+    def attempts(self) -> int:
+        return sum(len(session.attempts) for session in self._sessions)
+
+    async def Session(
+        self,
+        request_iterator: AsyncIterator[worker_pb2.RouterToDecode],
+        context: grpc.aio.ServicerContext,
+    ) -> AsyncIterator[worker_pb2.DecodeToRouter]:
+        session = _Session(self._services, self._draining)
+        self._sessions.add(session)
+        reader = asyncio.create_task(session.read(request_iterator))
+        watchdog = asyncio.create_task(session.watch(self._silence_s))
+        try:
+            async for message in session.messages():
+                yield message
+        finally:
+            for task in (reader, watchdog):
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+            session.abandon()
+            self._sessions.discard(session)
+
+
+class _Session:
+    def __init__(self, services: AttemptServices, draining: Callable[[], bool]) -> None:
+        self.attempts: dict[bytes, Attempt] = {}
+        self._services = services
+        self._draining = draining
+        self._outbox: list[worker_pb2.AttemptEvent] = []
+        self._wake = asyncio.Event()
+        self._closed = False
+        self._heard = time.monotonic()
+
+    async def read(self, requests: AsyncIterator[worker_pb2.RouterToDecode]) -> None:
+        try:
+            async for message in requests:
+                self._heard = time.monotonic()
+                kind = message.WhichOneof("message")
+                if kind == "start":
+                    self._start(message.start)
+                elif kind == "cancel":
+                    self._cancel(bytes(message.cancel.attempt_id))
+        finally:
+            self._close()
+
+    async def watch(self, silence_s: float) -> None:
+        while True:
+            quiet = time.monotonic() - self._heard
+            if quiet >= silence_s:
+                break
+            await asyncio.sleep(silence_s - quiet)
+        logger.warning("the router said nothing for %.1f s: its attempts are cancelled", quiet)
+        self._close()
+
+    async def messages(self) -> AsyncIterator[worker_pb2.DecodeToRouter]:
+        incarnation = self._services.facts.incarnation
+        # The first message tells the router that the session stands.
+        yield worker_pb2.DecodeToRouter(incarnation=incarnation)
+        while not self._closed:
+            await self._wake.wait()
+            self._wake.clear()
+            if self._outbox:
+                events, self._outbox = self._outbox, []
+                yield worker_pb2.DecodeToRouter(incarnation=incarnation, events=events)
+
+    def abandon(self) -> None:
+        self._closed = True
+        for attempt in list(self.attempts.values()):
+            attempt.cancel(WorkerLost("the router's session ended"))
+
+    def _start(self, start: worker_pb2.StartAttempt) -> None:
+        attempt_id = bytes(start.attempt_id)
+        try:
+            submit = self._admit(start)
+        except PdserveError as error:
+            self._emit(_refusal(attempt_id, error))
+            return
+        attempt = Attempt(
+            self._services,
+            start,
+            submit,
+            self._emit,
+            lambda: self._ended(attempt_id),
+        )
+        self.attempts[attempt_id] = attempt
+        attempt.begin()
+
+    def _admit(self, start: worker_pb2.StartAttempt) -> api.Submit:
+        facts = self._services.facts
+        if start.expected_incarnation != facts.incarnation:
+            raise StaleIncarnation("this decode worker was restarted since it was chosen")
+        if self._draining():
+            raise Draining("this decode worker is draining")
+        if bytes(start.attempt_id) in self.attempts:
+            raise ProtocolError("attempt_id is in use")
+        return submit_from_wire(
+            attempt_id=start.attempt_id,
+            job=api.Job.GENERATE,
+            tokens=start.tokens,
+            sampling=start.sampling,
+            priority=start.priority,
+            remaining_ms=start.remaining_ms,
+            model=facts.model,
+        )
+
+    def _cancel(self, attempt_id: bytes) -> None:
+        attempt = self.attempts.get(attempt_id)
+        if attempt is not None:
+            attempt.cancel(WorkerLost("cancelled by the router"))
+
+    def _ended(self, attempt_id: bytes) -> None:
+        self.attempts.pop(attempt_id, None)
+
+    def _emit(self, event: worker_pb2.AttemptEvent) -> None:
+        if not self._closed:
+            self._outbox.append(event)
+            self._wake.set()
+
+    def _close(self) -> None:
+        self._closed = True
+        self._wake.set()
+
+
+def _refusal(attempt_id: bytes, error: PdserveError) -> worker_pb2.AttemptEvent:
+    return worker_pb2.AttemptEvent(
+        attempt_id=attempt_id,
+        failure=worker_pb2.AttemptFailure(
+            code=error.code,
+            message=str(error),
+            retryable=error.retryable,
+            retry_after_ms=int(1000 * (error.retry_after_s or 0)),
+        ),
+    )

@@ -1,0 +1,146 @@
+"""Start and stop of a worker, in the order that every role shares.
+
+core = WorkerCore(boot, hasher, has_tiers)   model loaded, pool sized, engine not started
+... the role opens its tiers, exporter or readers over core.built.memory ...
+core.open(ports, add_services)               event loop, gRPC server, then the engine
+core.close(drain_s, ...)                     no new work, running work ends, all is freed
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import grpc
+
+from pdserve.engine import api
+from pdserve.engine.build import build_engine
+from pdserve.types import ID_BYTES, Incarnation, Load, Tier, WorkerFacts
+from pdserve.v1 import worker_pb2_grpc
+from pdserve.worker.boot import WorkerBoot
+from pdserve.worker.bridge import EngineBridge, KvEventPort, TierPort
+from pdserve.worker.service import WorkerService
+from pdserve.worker.shell import WorkerShell
+
+logger = logging.getLogger(__name__)
+
+IDLE_POLL_S = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """What the role plugs into the engine's seams."""
+
+    tiers: TierPort | None
+    kv_events: KvEventPort | None
+    degraded: Callable[[], str]
+    clear_tiers: Callable[[Sequence[Tier]], None]
+    kv_events_address: str = ""
+    kv_replay_address: str = ""
+
+
+class WorkerCore:
+    """Owns the engine, the bridge and the shell of one worker."""
+
+    def __init__(self, boot: WorkerBoot, hasher: api.BlockHasher, has_tiers: bool) -> None:
+        self.boot = boot
+        self.incarnation = Incarnation(secrets.token_bytes(ID_BYTES))
+        self.bridge = EngineBridge()
+        self.built = build_engine(
+            config=boot.config,
+            model_path=boot.model_path,
+            pool_blocks=boot.pool_blocks,
+            device=boot.device,
+            threads=boot.threads,
+            incarnation=self.incarnation,
+            hasher=hasher,
+            has_tiers=has_tiers,
+            sink=self.bridge.sink,
+            workers_on_host=boot.workers_on_host,
+        )
+        for note in self.built.notes:
+            logger.info("%s: %s", boot.worker_id, note)
+        limits = boot.config.transfer
+        self.shell = WorkerShell(boot.worker_id, boot.cluster_token, limits.max_message_bytes)
+        self._service: WorkerService | None = None
+        self._ports: Ports | None = None
+
+    @property
+    def draining(self) -> bool:
+        return self._service is not None and self._service.draining
+
+    def open(
+        self, ports: Ports, add_services: Callable[[grpc.aio.Server, WorkerFacts], None]
+    ) -> WorkerFacts:
+        """Serves; returns what the cluster needs to know of this worker."""
+        self._ports = ports
+        self.bridge.attach(self.shell.loop, self.built.engine.post, ports.tiers, ports.kv_events)
+        found: list[WorkerFacts] = []
+
+        def add_all(server: grpc.aio.Server, address: str) -> None:
+            facts = self._facts(address, ports)
+            found.append(facts)
+            self._service = WorkerService(
+                self.bridge,
+                facts,
+                self.load,
+                ports.clear_tiers,
+                self.boot.config.timers.heartbeat_s,
+            )
+            worker_pb2_grpc.add_WorkerServicer_to_server(self._service, server)
+            add_services(server, facts)
+
+        self.built.engine.start()
+        self.shell.serve(self.boot.host, add_all)
+        return found[0]
+
+    def load(self) -> Load:
+        counters = self.built.engine.snapshot()
+        assert self._ports is not None
+        return Load(
+            running=counters.running,
+            waiting=counters.waiting,
+            waiting_tokens=counters.waiting_tokens,
+            blocks_used=counters.blocks_used,
+            blocks_cached=counters.blocks_cached,
+            blocks_total=counters.blocks_total,
+            engine_steps=counters.steps,
+            work_pending=counters.work_pending,
+            draining=self.draining,
+            degraded=self._ports.degraded(),
+        )
+
+    def drain(self, drain_s: float, busy: Callable[[], bool]) -> None:
+        """Refuses new attempts and waits until none is left, ``drain_s`` seconds at most."""
+        if self._service is not None:
+            self._service.draining = True
+        deadline = time.monotonic() + drain_s
+        while busy() and time.monotonic() < deadline:
+            time.sleep(IDLE_POLL_S)
+
+    def close_shell(self) -> None:
+        self.shell.close(grace=0.5)
+
+    def close_engine(self) -> None:
+        self.built.engine.stop()
+
+    def close_memory(self) -> None:
+        self.built.memory.close()
+
+    def _facts(self, address: str, ports: Ports) -> WorkerFacts:
+        return WorkerFacts(
+            id=self.boot.worker_id,
+            incarnation=self.incarnation,
+            role=self.boot.role,
+            pid=os.getpid(),
+            node=self.boot.node,
+            address=address,
+            model=self.built.facts,
+            blocks_total=self.built.memory.num_blocks,
+            kv_events_address=ports.kv_events_address,
+            kv_replay_address=ports.kv_replay_address,
+        )

@@ -1,0 +1,250 @@
+"""``Prefill.Run``: one attempt of one decode worker, from its first message to the last block read.
+
+Everything that happens to an attempt (wire messages, engine events, the lease running out) lines up
+in one inbox and goes through the state machine of prefill_worker/protocol.py; this module performs
+the effects. Whatever ends the stream, the engine's blocks are given back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import grpc
+from kv_transfer.convert import endpoint_to_proto, offer_to_proto
+
+from kv_transfer.base import BlockExporter, Endpoint
+from pdserve.engine import api
+from pdserve.errors import (
+    Cancelled,
+    Draining,
+    LayoutMismatch,
+    ProtocolError,
+    StaleIncarnation,
+    WorkerLost,
+)
+from pdserve.rpc import convert
+from pdserve.types import PROTOCOL_VERSION, WorkerFacts
+from pdserve.v1 import kv_pb2, kv_pb2_grpc
+from pdserve.worker.bridge import EngineBridge, SequenceEvent
+from pdserve.worker.wire import submit_from_wire
+from prefill_worker.protocol import (
+    Effect,
+    Post,
+    PrefillHandOff,
+    SendFinished,
+    SendOffers,
+    SendStarted,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _PeerClosed:
+    pass
+
+
+_Inbox = asyncio.Queue[SequenceEvent | kv_pb2.DecodeToPrefill | _PeerClosed]
+
+
+class PrefillService(kv_pb2_grpc.PrefillServicer):
+    """Serves hand-offs of one engine; the number of live attempts is bounded by the engine."""
+
+    def __init__(
+        self,
+        bridge: EngineBridge,
+        exporter: BlockExporter,
+        facts: Callable[[], WorkerFacts],
+        lease_s: float,
+        draining: Callable[[], bool],
+    ) -> None:
+        self._bridge = bridge
+        self._exporter = exporter
+        self._facts = facts
+        self._lease_s = lease_s
+        self._draining = draining
+        # Checksums read whole blocks; they must not hold up the event loop.
+        self._hashing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="offer")
+        self.attempts = 0
+
+    async def Run(
+        self,
+        request_iterator: AsyncIterator[kv_pb2.DecodeToPrefill],
+        context: grpc.aio.ServicerContext,
+    ) -> AsyncIterator[kv_pb2.PrefillToDecode]:
+        first = await anext(request_iterator, None)
+        if first is None:
+            return
+        submit = self._admit(first)
+        attempt = _Attempt(self, submit)
+        self.attempts += 1
+        reader = asyncio.create_task(attempt.read_wire(request_iterator))
+        try:
+            yield self._accepted()
+            self._bridge.submit(submit, attempt.inbox.put_nowait)
+            async for message in attempt.messages():
+                yield message
+        finally:
+            reader.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await reader
+            attempt.give_back()
+            self._bridge.forget(submit.seq)
+            self.attempts -= 1
+
+    def close(self) -> None:
+        self._hashing.shutdown(wait=True)
+
+    def _admit(self, first: kv_pb2.DecodeToPrefill) -> api.Submit:
+        if first.WhichOneof("message") != "start":
+            raise ProtocolError("the first message of Prefill.Run must be start")
+        if self._draining():
+            raise Draining("this prefill worker is draining")
+        return start_to_submit(first.start, self._facts())
+
+    def _accepted(self) -> kv_pb2.PrefillToDecode:
+        endpoint: Endpoint = self._exporter.endpoint()
+        return kv_pb2.PrefillToDecode(
+            accepted=kv_pb2.Accepted(
+                endpoint=endpoint_to_proto(endpoint), queue_length=self.attempts
+            )
+        )
+
+    async def offers(self, effect: SendOffers) -> kv_pb2.PrefillToDecode:
+        loop = asyncio.get_running_loop()
+        offers = await loop.run_in_executor(
+            self._hashing,
+            lambda: [offer_to_proto(self._exporter.offer(i, block)) for i, block in effect.blocks],
+        )
+        return kv_pb2.PrefillToDecode(offer=kv_pb2.Offer(blocks=offers))
+
+    @property
+    def lease_s(self) -> float:
+        return self._lease_s
+
+    def post(self, command: api.Command) -> None:
+        self._bridge.post(command)
+
+
+class _Attempt:
+    """One stream: its inbox, its state machine and its lease."""
+
+    def __init__(self, service: PrefillService, submit: api.Submit) -> None:
+        self.inbox: _Inbox = asyncio.Queue()
+        self._service = service
+        blocks = -(-len(submit.tokens.token_ids) // service._facts().model.block_size)
+        self._machine = PrefillHandOff(submit.seq, blocks)
+        self._heard = time.monotonic()
+
+    async def read_wire(self, requests: AsyncIterator[kv_pb2.DecodeToPrefill]) -> None:
+        try:
+            async for message in requests:
+                self._heard = time.monotonic()
+                if message.WhichOneof("message") != "keep_alive":
+                    self.inbox.put_nowait(message)
+        except grpc.aio.UsageError:
+            logger.debug("hand-off stream was closed while it was read")
+        self.inbox.put_nowait(_PeerClosed())
+
+    async def messages(self) -> AsyncIterator[kv_pb2.PrefillToDecode]:
+        while True:
+            for effect in await self._next_effects():
+                if isinstance(effect, SendStarted):
+                    yield kv_pb2.PrefillToDecode(started=kv_pb2.Started())
+                elif isinstance(effect, SendOffers):
+                    yield await self._service.offers(effect)
+                elif isinstance(effect, SendFinished):
+                    yield self._finished(effect.tokens)
+                elif isinstance(effect, Post):
+                    self._service.post(effect.command)
+                else:
+                    if effect.error is not None:
+                        raise effect.error
+                    return
+
+    def give_back(self) -> None:
+        """The stream ended in some way of its own: whatever is still held is released."""
+        for effect in self._machine.lost(None):
+            if isinstance(effect, Post):
+                self._service.post(effect.command)
+
+    async def _next_effects(self) -> list[Effect]:
+        lease = self._heard + self._service.lease_s - time.monotonic()
+        try:
+            item = await asyncio.wait_for(self.inbox.get(), max(0.0, lease))
+        except TimeoutError:
+            if time.monotonic() - self._heard < self._service.lease_s:
+                return []
+            logger.warning("hand-off %s: lease expired", self._machine.seq.hex())
+            return self._machine.lost(
+                WorkerLost(f"no message from the decode worker for {self._service.lease_s} s")
+            )
+        return self._step(item)
+
+    def _step(self, item: SequenceEvent | kv_pb2.DecodeToPrefill | _PeerClosed) -> list[Effect]:
+        machine = self._machine
+        if isinstance(item, _PeerClosed):
+            return machine.lost(None)
+        if isinstance(item, kv_pb2.DecodeToPrefill):
+            return self._wire(item)
+        if isinstance(item, api.Admitted):
+            return machine.admitted()
+        if isinstance(item, api.BlocksReady):
+            return machine.blocks(item)
+        if isinstance(item, api.Tokens):
+            return machine.computed(item)
+        if isinstance(item, api.Failed):
+            return machine.failed(item.error)
+        raise ProtocolError(f"a prefill attempt got {type(item).__name__}")
+
+    def _wire(self, message: kv_pb2.DecodeToPrefill) -> list[Effect]:
+        kind = message.WhichOneof("message")
+        try:
+            if kind == "grant":
+                return self._machine.grant(list(message.grant.block_indices))
+            if kind == "done":
+                return self._machine.done()
+            if kind == "cancel":
+                return self._machine.lost(Cancelled(message.cancel.reason))
+            raise ProtocolError(f"unexpected message {kind} in a hand-off")
+        except ProtocolError as error:
+            return self._machine.lost(error)
+
+    def _finished(self, event: api.Tokens) -> kv_pb2.PrefillToDecode:
+        finished = kv_pb2.PrefillFinished(
+            finish_reason=convert.finish_reason_to_proto(event.finish),
+            cached_tokens=convert.cached_tokens_to_proto(event.cached),
+            chunks=[convert.chunk_timing_to_proto(c) for c in self._machine.chunks],
+            prompt_logprobs=[convert.token_logprob_to_proto(p) for p in event.prompt_logprobs],
+            preemptions=event.preemptions,
+        )
+        if event.tokens:
+            finished.first_token.CopyFrom(convert.token_out_to_proto(event.tokens[0]))
+        return kv_pb2.PrefillToDecode(finished=finished)
+
+
+def start_to_submit(start: kv_pb2.StartPrefill, facts: WorkerFacts) -> api.Submit:
+    """Checks that both workers mean the same thing, then the tokens themselves."""
+    if start.protocol_version != PROTOCOL_VERSION:
+        raise ProtocolError(
+            f"protocol version {start.protocol_version}; this worker speaks {PROTOCOL_VERSION}"
+        )
+    if start.expected_incarnation != facts.incarnation:
+        raise StaleIncarnation("this prefill worker was restarted since it was chosen")
+    if start.layout_fingerprint != facts.model.fingerprint:
+        raise LayoutMismatch("the decode worker's KV layout differs from this worker's")
+    return submit_from_wire(
+        attempt_id=start.attempt_id,
+        job=api.Job.PREFILL,
+        tokens=start.tokens,
+        sampling=start.sampling,
+        priority=start.priority,
+        remaining_ms=start.remaining_ms,
+        model=facts.model,
+    )
