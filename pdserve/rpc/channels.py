@@ -1,0 +1,91 @@
+"""Channels and servers of internal calls: token, keep-alive, limits, errors.
+
+channel = make_channel(address, token)        stub = DecodeStub(channel)
+server = make_server(token)                   add_DecodeServicer_to_server(..., server)
+port = bind(server, address)                  await server.start()
+
+Both ends ping a connection, so a peer that was unplugged or stopped is noticed within
+PING_EVERY_MS + PING_TIMEOUT_MS even without traffic. Leases and heartbeats are shorter: they, not
+the pings, bound the life of what a peer holds.
+"""
+
+from __future__ import annotations
+
+import grpc
+import grpc.aio
+
+from pdserve.errors import ConfigError
+from pdserve.rpc.auth import TokenChannel, TokenInterceptor
+from pdserve.rpc.status import ErrorsToStatus, abort_with, from_rpc_error
+
+__all__ = [
+    "ErrorsToStatus",
+    "abort_with",
+    "bind",
+    "from_rpc_error",
+    "make_channel",
+    "make_server",
+]
+
+MAX_MESSAGE_BYTES = 64 << 20
+PING_EVERY_MS = 10_000
+PING_TIMEOUT_MS = 5_000
+
+Options = list[tuple[str, int]]
+
+
+def _shared_options(max_message_bytes: int) -> Options:
+    return [
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.keepalive_time_ms", PING_EVERY_MS),
+        ("grpc.keepalive_timeout_ms", PING_TIMEOUT_MS),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+    ]
+
+
+def make_channel(
+    address: str, token: str, *, max_message_bytes: int = MAX_MESSAGE_BYTES
+) -> grpc.aio.Channel:
+    """A channel to ``host:port``. Connects lazily; call from the loop that will use it."""
+    options = [
+        *_shared_options(max_message_bytes),
+        # A restarted worker is found again quickly; the default back-off grows to two minutes.
+        ("grpc.initial_reconnect_backoff_ms", 200),
+        ("grpc.min_reconnect_backoff_ms", 1000),
+        ("grpc.max_reconnect_backoff_ms", 2000),
+        # Peers are in the same cluster: a proxy of the environment never applies to them.
+        ("grpc.enable_http_proxy", 0),
+        # The router decides what is tried again, and where.
+        ("grpc.enable_retries", 0),
+        # Two channels to one address share neither a connection nor its back-off.
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+    return TokenChannel(grpc.aio.insecure_channel(address, options=options), token)
+
+
+def make_server(token: str, *, max_message_bytes: int = MAX_MESSAGE_BYTES) -> grpc.aio.Server:
+    """A server that demands the token and lets handlers raise PdserveError; not bound yet."""
+    options = [
+        *_shared_options(max_message_bytes),
+        ("grpc.http2.min_ping_interval_without_data_ms", PING_EVERY_MS // 2),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", PING_EVERY_MS // 2),
+        ("grpc.http2.max_ping_strikes", 0),
+        # Two servers on one port would each get some of the calls.
+        ("grpc.so_reuseport", 0),
+    ]
+    return grpc.aio.server(
+        interceptors=(TokenInterceptor(token), ErrorsToStatus()), options=options
+    )
+
+
+def bind(server: grpc.aio.Server, address: str) -> int:
+    """Binds ``host:port`` (port 0 picks one) and returns the port. ConfigError if it is taken."""
+    try:
+        port = int(server.add_insecure_port(address))
+    except RuntimeError as error:
+        raise ConfigError(f"cannot listen on {address}: in use, or not ours to bind") from error
+    if port == 0:
+        raise ConfigError(f"cannot listen on {address}: in use, or not ours to bind")
+    return port

@@ -1,0 +1,140 @@
+"""What a worker says of itself: facts, model and load, to and from protobuf.
+
+The same conventions as convert.py, through which these functions are imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pdserve.errors import ProtocolError
+from pdserve.types import (
+    ID_BYTES,
+    Fingerprint,
+    Incarnation,
+    Load,
+    ModelFacts,
+    Numerics,
+    Role,
+    WorkerFacts,
+    WorkerId,
+)
+from pdserve.v1 import worker_pb2
+
+FINGERPRINT_BYTES = 32
+
+_ROLE_TO: Mapping[Role, worker_pb2.WorkerRole] = {
+    Role.PREFILL: worker_pb2.WORKER_ROLE_PREFILL,
+    Role.DECODE: worker_pb2.WORKER_ROLE_DECODE,
+    Role.MIXED: worker_pb2.WORKER_ROLE_MIXED,
+}
+_ROLE_FROM: Mapping[int, Role] = {number: role for role, number in _ROLE_TO.items()}
+_NUMERICS: Mapping[str, Numerics] = {numerics.value: numerics for numerics in Numerics}
+
+
+def model_facts_to_proto(model: ModelFacts) -> worker_pb2.ModelInfo:
+    return worker_pb2.ModelInfo(
+        path=model.path,
+        max_model_len=model.max_model_len,
+        vocab_size=model.vocab_size,
+        block_size=model.block_size,
+        dtype=model.dtype,
+        numerics=model.numerics.value,
+        layout_fingerprint=model.fingerprint,
+    )
+
+
+def model_facts_from_proto(message: worker_pb2.ModelInfo) -> ModelFacts:
+    for name in ("max_model_len", "vocab_size", "block_size"):
+        if getattr(message, name) < 1:
+            raise ProtocolError(f"model.{name}: 0 is not positive")
+    if message.numerics not in _NUMERICS:
+        raise ProtocolError(f"model.numerics: {message.numerics!r} is none of {list(_NUMERICS)}")
+    if len(message.layout_fingerprint) != FINGERPRINT_BYTES:
+        raise ProtocolError(
+            f"model.layout_fingerprint: {len(message.layout_fingerprint)} bytes, "
+            f"not {FINGERPRINT_BYTES}"
+        )
+    return ModelFacts(
+        path=message.path,
+        max_model_len=message.max_model_len,
+        vocab_size=message.vocab_size,
+        block_size=message.block_size,
+        dtype=message.dtype,
+        numerics=_NUMERICS[message.numerics],
+        fingerprint=Fingerprint(message.layout_fingerprint),
+    )
+
+
+def worker_facts_to_proto(facts: WorkerFacts) -> worker_pb2.WorkerInfo:
+    return worker_pb2.WorkerInfo(
+        id=facts.id,
+        incarnation=facts.incarnation,
+        role=_ROLE_TO[facts.role],
+        pid=facts.pid,
+        node=facts.node,
+        address=facts.address,
+        model=model_facts_to_proto(facts.model),
+        blocks_total=facts.blocks_total,
+        kv_events_address=facts.kv_events_address,
+        kv_replay_address=facts.kv_replay_address,
+    )
+
+
+def worker_facts_from_proto(message: worker_pb2.WorkerInfo) -> WorkerFacts:
+    if not message.id:
+        raise ProtocolError("worker.id: empty")
+    role = _ROLE_FROM.get(message.role)
+    if role is None:
+        raise ProtocolError(f"worker.role: {message.role} is none that we know")
+    if not message.address:
+        raise ProtocolError("worker.address: empty")
+    return WorkerFacts(
+        id=WorkerId(message.id),
+        incarnation=_incarnation(message.incarnation, "worker.incarnation"),
+        role=role,
+        pid=message.pid,
+        node=message.node,
+        address=message.address,
+        model=model_facts_from_proto(message.model),
+        blocks_total=message.blocks_total,
+        kv_events_address=message.kv_events_address,
+        kv_replay_address=message.kv_replay_address,
+    )
+
+
+def heartbeat_to_proto(incarnation: Incarnation, load: Load) -> worker_pb2.Heartbeat:
+    return worker_pb2.Heartbeat(
+        incarnation=incarnation,
+        engine_steps=load.engine_steps,
+        work_pending=load.work_pending,
+        running=load.running,
+        waiting=load.waiting,
+        blocks_used=load.blocks_used,
+        blocks_cached=load.blocks_cached,
+        blocks_total=load.blocks_total,
+        draining=load.draining,
+        waiting_tokens=load.waiting_tokens,
+        degraded=load.degraded,
+    )
+
+
+def heartbeat_from_proto(message: worker_pb2.Heartbeat) -> tuple[Incarnation, Load]:
+    return _incarnation(message.incarnation, "heartbeat.incarnation"), Load(
+        running=message.running,
+        waiting=message.waiting,
+        waiting_tokens=message.waiting_tokens,
+        blocks_used=message.blocks_used,
+        blocks_cached=message.blocks_cached,
+        blocks_total=message.blocks_total,
+        engine_steps=message.engine_steps,
+        work_pending=message.work_pending,
+        draining=message.draining,
+        degraded=message.degraded,
+    )
+
+
+def _incarnation(raw: bytes, name: str) -> Incarnation:
+    if len(raw) != ID_BYTES:
+        raise ProtocolError(f"{name}: {len(raw)} bytes, not {ID_BYTES}")
+    return Incarnation(raw)
