@@ -1,0 +1,64 @@
+"""Opens what a worker caches with: its tier manager and its publisher of KV events.
+
+caches = WorkerCaches(boot, memory, fingerprint)    before the engine starts
+caches.ports()                                      plugs into the worker's core
+caches.close()                                      after the engine stopped
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cache_tiers.kv_events import KvEventPublisher
+from cache_tiers.manager import TierManager
+from pdserve.config import CacheConfig
+from pdserve.engine.memory import PoolMemory
+from pdserve.types import Fingerprint, Tier
+from pdserve.worker.boot import WorkerBoot
+from pdserve.worker.core import Ports
+
+
+class WorkerCaches:
+    """Owns the tiers of one worker."""
+
+    def __init__(self, boot: WorkerBoot, memory: PoolMemory, fingerprint: Fingerprint) -> None:
+        cache = boot.config.cache
+        self._manager: TierManager | None = None
+        if self.wanted(cache, boot.redis_url):
+            self._manager = TierManager(
+                cache,
+                span_bytes=memory.span_bytes,
+                fingerprint=fingerprint,
+                incarnation=memory.incarnation,
+                redis_url=boot.redis_url,
+                span=memory.block_bytes,
+            )
+        self._publisher = KvEventPublisher(boot.host) if cache.kv_events else None
+
+    @staticmethod
+    def wanted(cache: CacheConfig, redis_url: str) -> bool:
+        return cache.host.bytes_max > 0 or bool(redis_url)
+
+    def ports(self) -> Ports:
+        publisher = self._publisher
+        return Ports(
+            tiers=self._manager,
+            kv_events=publisher,
+            degraded=self._degraded,
+            clear_tiers=self._clear,
+            kv_events_address=publisher.address if publisher else "",
+            kv_replay_address=publisher.replay_address if publisher else "",
+        )
+
+    def close(self) -> None:
+        if self._manager is not None:
+            self._manager.close()
+        if self._publisher is not None:
+            self._publisher.close()
+
+    def _degraded(self) -> str:
+        return self._manager.degraded() if self._manager is not None else ""
+
+    def _clear(self, tiers: Sequence[Tier]) -> None:
+        if self._manager is not None:
+            self._manager.clear(tiers)
