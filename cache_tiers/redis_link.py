@@ -1,0 +1,174 @@
+"""How the Redis tier talks to its server: pooled connections, one deadline, one circuit breaker.
+
+    ask the breaker -> connection of the pool -> one operation on its socket -> report
+
+Reads and writes have a breaker each: a server that is full refuses writes while its reads are as
+good as ever. redis-py connects, authenticates, encrypts and pools; the operation itself speaks
+cache_tiers/resp.py over the socket. A connection that is out of step is closed, never reused.
+"""
+
+from __future__ import annotations
+
+import enum
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import redis
+
+from cache_tiers.breaker import Breaker, BreakerState, Permit
+from cache_tiers.resp import Reply, ServerRefused, Wire, raise_refusals
+from pdserve.config import RedisTierConfig
+from pdserve.errors import ConfigError, TierError
+
+_CONNECTIONS_MAX = 8
+
+T = TypeVar("T")
+
+
+class TierUnavailable(TierError):
+    """The breaker is open: nothing was tried."""
+
+
+class Direction(enum.Enum):
+    READ = "read"
+    WRITE = "write"
+
+
+class RedisLink:
+    """Thread-safe. ConfigError for a URL that can never work; a server that is down is no error."""
+
+    def __init__(self, url: str, config: RedisTierConfig, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._pool = _connection_pool(url, config.timeout_s)
+        self._lock = threading.Lock()
+        self._breakers = {
+            direction: Breaker(config.breaker_failures, config.breaker_open_s)
+            for direction in Direction
+        }
+        self._errors = 0
+        # As of the last exchange:
+        self._reachable = True
+        self._writes_refused = False
+
+    @property
+    def errors(self) -> int:
+        with self._lock:
+            return self._errors
+
+    @property
+    def reachable(self) -> bool:
+        with self._lock:
+            return self._reachable
+
+    def health(self) -> str:
+        """What does not work, in words; empty when all does."""
+        with self._lock:
+            reads = self._breakers[Direction.READ].state
+            writes = self._breakers[Direction.WRITE].state
+            if not self._reachable or reads is not BreakerState.CLOSED:
+                return "redis unreachable"
+            if self._writes_refused or writes is not BreakerState.CLOSED:
+                return "redis refuses writes"
+            return ""
+
+    def would_refuse(self, direction: Direction) -> bool:
+        """Whether an exchange right now would be refused without being tried."""
+        with self._lock:
+            return self._breakers[direction].would_refuse(self._clock())
+
+    def exchange(
+        self,
+        direction: Direction,
+        request: Sequence[bytes | memoryview],
+        replies: int,
+        limit: float,
+    ) -> list[Reply]:
+        """Sends ``request`` and reads so many small replies; an error among them is raised."""
+
+        def run(wire: Wire) -> list[Reply]:
+            wire.send(request)
+            answers = [wire.reply() for _ in range(replies)]
+            raise_refusals(answers)
+            return answers
+
+        return self.run(direction, limit, run)
+
+    def run(self, direction: Direction, limit: float, operation: Callable[[Wire], T]) -> T:
+        """Runs ``operation`` on a connection, within ``limit`` seconds. Raises TierError."""
+        with self._lock:
+            permit = self._breakers[direction].ask(self._clock())
+        if permit is Permit.REFUSED:
+            raise TierUnavailable("Redis failed too often; it is left alone for a while")
+        worked, refused = False, False
+        try:
+            result = self._on_connection(limit, operation)
+            worked = True
+            return result
+        except ServerRefused:
+            refused = True
+            raise
+        except (redis.RedisError, OSError, UnicodeError) as error:
+            raise TierError(f"Redis failed: {type(error).__name__}") from error
+        finally:
+            self._report(direction, permit, worked=worked, refused=refused)
+
+    def close(self) -> None:
+        self._pool.disconnect()
+
+    def _report(self, direction: Direction, permit: Permit, *, worked: bool, refused: bool) -> None:
+        writing = direction is Direction.WRITE
+        with self._lock:
+            self._breakers[direction].report(permit, worked, self._clock())
+            self._errors += not worked
+            # A server that refuses reads is no better than one that is gone.
+            self._reachable = worked or (refused and writing)
+            if writing:
+                self._writes_refused = refused
+
+    def _on_connection(self, limit: float, operation: Callable[[Wire], T]) -> T:
+        deadline = time.monotonic() + limit
+        connection: Any = self._pool.get_connection()
+        in_step = False
+        try:
+            wire = Wire(_socket(connection), deadline)
+            result = operation(wire)
+            in_step = not wire.abandoned
+            return result
+        except ServerRefused:
+            in_step = True
+            raise
+        finally:
+            if not in_step:
+                connection.disconnect()
+            self._pool.release(connection)
+
+
+def _connection_pool(url: str, timeout_s: float) -> redis.ConnectionPool:
+    """Connects to nothing yet."""
+    try:
+        pool = redis.ConnectionPool.from_url(
+            url,
+            protocol=2,
+            driver_info=None,
+            socket_timeout=timeout_s,
+            socket_connect_timeout=timeout_s,
+            max_connections=_CONNECTIONS_MAX,
+        )
+        pool.connection_class(**pool.connection_kwargs)  # an unknown option raises here
+    except (ValueError, TypeError, redis.RedisError) as error:
+        raise ConfigError(f"cache.redis.url cannot be used: {type(error).__name__}") from error
+    return pool
+
+
+def _socket(connection: Any) -> socket.socket:
+    """The connected socket of one of redis-py's connections, whose own buffer is empty.
+
+    The pool hands a connection out only after it found that nothing is waiting to be read.
+    """
+    sock = getattr(connection, "_sock", None)
+    if not isinstance(sock, socket.socket):
+        raise TierError("a connection to Redis has no socket")
+    return sock
