@@ -1,0 +1,56 @@
+"""Linear layers whose bfloat16 weights are packed once for the processor's matrix kernels.
+
+A plain nn.Linear has its weights reordered by oneDNN in every call, which for few rows costs more
+than the product. The results are those of the plain layer up to the order of sums; PackedLinear is
+used in ``fast`` numerics on CPUs that multiply bfloat16 natively, the plain layer everywhere else.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class PackedLinear(nn.Module):
+    """Takes over a bfloat16 nn.Linear on the CPU; keeps nothing of it but the packed weights."""
+
+    def __init__(self, plain: nn.Linear) -> None:
+        super().__init__()
+        self.in_features = plain.in_features
+        self.out_features = plain.out_features
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(plain.weight.detach())
+        self.bias = None if plain.bias is None else plain.bias.detach()
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """A plain copy [out, in], for model code that looks at its layers' weights."""
+        dense: torch.Tensor = self.packed.to_dense()
+        return dense
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
+            x, self.packed, self.bias, "none", [], ""
+        )
+        return out
+
+
+def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
+    return (
+        dtype is torch.bfloat16
+        and device.type == "cpu"
+        and torch.backends.mkldnn.is_available()
+        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )
+
+
+def pack_linears(model: nn.Module) -> int:
+    """Replaces every plain bfloat16 nn.Linear in ``model``; how many bytes the packed ones take."""
+    packed_bytes = 0
+    with torch.no_grad():
+        for parent in list(model.modules()):
+            for name, child in list(parent.named_children()):
+                if type(child) is nn.Linear and child.weight.dtype is torch.bfloat16:
+                    packed = PackedLinear(child)
+                    packed_bytes += 2 * packed.in_features * packed.out_features
+                    setattr(parent, name, packed)
+    return packed_bytes

@@ -1,0 +1,210 @@
+"""Loading a model, and finding out everything about it that serving depends on.
+
+    load_model(...)  config checked -> weights read -> traced -> packed  -> LoadedModel
+
+Only local folders, only safetensors, never code that comes with a model. The returned model runs
+only inside PagedAttention.step (attention.py).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from pdserve.engine import attention, trace
+from pdserve.engine.layout import LayerShape
+from pdserve.engine.linear import can_pack, pack_linears
+from pdserve.engine.pool_view import TORCH_DTYPES
+from pdserve.engine.refusal import check_config, context_length
+from pdserve.engine.weights import weight_files, weights_revision
+from pdserve.errors import ConfigError, ModelRefused
+from pdserve.types import Numerics
+
+TRACE_TOKENS = 6
+# Parts of a configuration that say nothing about what is computed.
+_VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    model: Any  # a transformers causal language model, under our attention
+    layers: tuple[trace.TracedLayer, ...]  # in the order in which a pass calls them
+    dtype: str
+    numerics: Numerics
+    device: torch.device
+    max_model_len: int
+    vocab_size: int  # width of the logits
+    weights_bytes: int  # what the weights take in memory here
+    identity: Mapping[str, object]  # of the fingerprint
+    takes_positions: bool  # forward() computes logits only where logits_to_keep says
+
+    @property
+    def shapes(self) -> tuple[LayerShape, ...]:
+        return tuple(layer.shape for layer in self.layers)
+
+    @property
+    def modules(self) -> tuple[torch.nn.Module, ...]:
+        return tuple(layer.module for layer in self.layers)
+
+
+def load_model(
+    path: Path,
+    *,
+    dtype: str,
+    numerics: Numerics,
+    device: torch.device,
+    max_model_len: int = 0,
+    pack: bool = True,
+) -> LoadedModel:
+    """``max_model_len`` 0 takes the model's own. ModelRefused (with the reason), ConfigError."""
+    config = _read_config(path)
+    check_config(config)
+    files = weight_files(path)
+    length = _model_length(config, max_model_len)
+    model = _read_weights(path, dtype, device)
+    layers = _trace(model, length)
+    _set_implementation(model, attention.IMPLEMENTATION)
+    weights_bytes = _bytes_of(model)
+    if pack and numerics is Numerics.FAST and can_pack(TORCH_DTYPES[dtype], device):
+        # Embeddings tied to the output layer stay beside its packed form.
+        packed_bytes = pack_linears(model)
+        weights_bytes = _bytes_of(model) + packed_bytes
+    return LoadedModel(
+        model=model,
+        layers=layers,
+        dtype=dtype,
+        numerics=numerics,
+        device=device,
+        max_model_len=length,
+        vocab_size=_vocab_size(model, config),
+        weights_bytes=weights_bytes,
+        identity=_identity(config, weights_revision(files), dtype, numerics),
+        takes_positions="logits_to_keep" in inspect.signature(model.forward).parameters,
+    )
+
+
+def _read_config(path: Path) -> Any:
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"{path} is no model folder: it has no config.json", param="model.path")
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            path, trust_remote_code=False, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelRefused(f"{path / 'config.json'}: {_first_line(error)}") from error
+
+
+def _model_length(config: Any, wanted: int) -> int:
+    own = context_length(config)
+    if own is None:
+        if not wanted:
+            raise ConfigError(
+                "the model does not say how long its context is; set model.max_model_len",
+                param="model.max_model_len",
+            )
+        return wanted
+    if wanted > own:
+        raise ConfigError(
+            f"model.max_model_len is {wanted}, the model was made for {own} positions",
+            param="model.max_model_len",
+        )
+    return wanted or own
+
+
+def _read_weights(path: Path, dtype: str, device: torch.device) -> Any:
+    try:
+        with _quiet():
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=TORCH_DTYPES[dtype],
+                attn_implementation="eager",
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+        raise ModelRefused(f"{path} cannot be loaded: {_first_line(error)}") from error
+    absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if absent:
+        raise ModelRefused(
+            f"{path}: {len(absent)} weights are missing or of another shape ({absent[0]}, ...)"
+        )
+    return model.eval().requires_grad_(False).to(device)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps transformers' progress bars out of a worker's log."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def _trace(model: Any, max_model_len: int) -> tuple[trace.TracedLayer, ...]:
+    attention.register()
+    trace.register()
+    _set_implementation(model, trace.IMPLEMENTATION)
+    count = min(TRACE_TOKENS, max_model_len)
+    tokens = torch.arange(1, count + 1, device=model.device)[None]
+    with torch.inference_mode(), trace.Tracer(max_model_len) as tracer:
+        model(input_ids=tokens, position_ids=tokens - 1, use_cache=False)
+    layers = tracer.layers()
+    expected = model.config.get_text_config(decoder=True).num_hidden_layers
+    if len(layers) != expected:
+        raise ModelRefused(
+            f"{model.config.model_type} has {expected} layers, but {len(layers)} of them attend "
+            "through transformers' attention interface"
+        )
+    return layers
+
+
+def _set_implementation(model: Any, name: str) -> None:
+    model.set_attn_implementation(name)
+    if model.config._attn_implementation != name:
+        raise ModelRefused(
+            f"{type(model).__name__} does not attend through transformers' attention interface"
+        )
+
+
+def _vocab_size(model: Any, config: Any) -> int:
+    head = model.get_output_embeddings()
+    width = getattr(head, "out_features", None) or config.get_text_config(decoder=True).vocab_size
+    return int(width)
+
+
+def _bytes_of(model: Any) -> int:
+    tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def _identity(
+    config: Any, revision: str, dtype: str, numerics: Numerics
+) -> Mapping[str, object]:
+    described = {k: v for k, v in config.to_dict().items() if k not in _VOLATILE}
+    text = config.get_text_config(decoder=True)
+    return {
+        "model_type": config.model_type,
+        "config": described,
+        "weights": revision,
+        "dtype": dtype,
+        "numerics": numerics.value,
+        "rope": getattr(text, "rope_parameters", None),
+        "quantization": "none",
+    }
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

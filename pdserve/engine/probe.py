@@ -1,0 +1,151 @@
+"""Compares a loaded model's paged attention with its own eager attention before it serves anybody.
+
+One short prompt runs twice: as transformers would run it (eager attention, its own cache), and over
+a small pool of blocks in shuffled order, in two chunks cut inside a block and then token by token,
+beside a second sequence in the same line. A model whose numbers differ, or whose layers do not all
+attend over the pool, is refused with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from ctypes import CDLL
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pdserve.engine.attention import IMPLEMENTATION
+from pdserve.engine.layout import block_layout
+from pdserve.engine.model import LoadedModel
+from pdserve.engine.pool_view import pool_view
+from pdserve.engine.runner import ModelRunner
+from pdserve.engine.step import Row
+from pdserve.errors import ModelRefused
+
+PROMPT_TOKENS = 40
+DECODED_TOKENS = 4
+BLOCK_SIZE = 16
+# Largest relative difference of logits (root mean square, median over positions) that rounding
+# explains. Attention that is wrong differs by something near 1.
+TOLERANCE: Mapping[str, float] = {
+    "float64": 1e-3,
+    "float32": 1e-3,
+    "float16": 3e-2,
+    "bfloat16": 1e-1,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeReport:
+    difference: float
+    tolerance: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Script:
+    """What is computed: ``tokens`` in chunks that end at ``cuts``."""
+
+    tokens: tuple[int, ...]
+    cuts: tuple[int, ...]
+    beside: tuple[int, ...]  # a second sequence, computed with the first chunk
+
+
+def probe(loaded: LoadedModel, library: CDLL | None) -> ProbeReport:
+    """ModelRefused when the paged attention does not reproduce the model."""
+    script = _script(loaded)
+    expected = _eager_logits(loaded, script.tokens, script.cuts[1])
+    found = _paged_logits(loaded, library, script)
+    segments = zip((0, *script.cuts), script.cuts, strict=False)
+    # The single tokens form one segment together.
+    borders = [*list(segments)[:2], (script.cuts[1], script.cuts[-1])]
+    difference = max(
+        relative_difference(found[low:high], expected[low:high])
+        for low, high in borders
+        if high > low
+    )
+    tolerance = TOLERANCE[loaded.dtype]
+    # "not <=" also refuses NaN.
+    if not difference <= tolerance:
+        raise ModelRefused(
+            f"{loaded.model.config.model_type}: over a paged pool its logits differ from its own "
+            f"eager attention's by {difference:.2g} (more than {tolerance:g} in {loaded.dtype})"
+        )
+    return ProbeReport(difference, tolerance)
+
+
+def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Median over positions of the relative root mean square; logits [positions, vocabulary]."""
+    a, b = found.double(), expected.double()
+    b = b - b.mean(-1, keepdim=True)
+    a = a - a.mean(-1, keepdim=True)
+    each = (a - b).norm(dim=-1) / b.norm(dim=-1).clamp_min(1e-30)
+    # median() would pass over a NaN that is not in the middle.
+    return float("nan") if bool(each.isnan().any()) else float(each.median())
+
+
+def _script(loaded: LoadedModel) -> _Script:
+    total = min(PROMPT_TOKENS + DECODED_TOKENS, loaded.max_model_len)
+    prompt = max(1, total - DECODED_TOKENS)
+    draw = np.random.default_rng(7)
+    tokens = tuple(draw.integers(0, loaded.vocab_size, total).tolist())
+    first = max(1, prompt // 2 + 3 if prompt > 8 else prompt // 2)
+    return _Script(
+        tokens=tokens,
+        cuts=(first, prompt, *range(prompt + 1, total + 1)),
+        beside=tuple(draw.integers(0, loaded.vocab_size, min(11, total)).tolist()),
+    )
+
+
+def _eager_logits(loaded: LoadedModel, tokens: Sequence[int], prompt: int) -> torch.Tensor:
+    """Logits [tokens, vocabulary], as the model computes them with a cache of its own."""
+    model = loaded.model
+    line = torch.tensor(tokens, device=loaded.device)[None]
+    model.set_attn_implementation("eager")
+    try:
+        with torch.inference_mode():
+            out = model(input_ids=line[:, :prompt], use_cache=True)
+            parts = [out.logits[0]]
+            for at in range(prompt, len(tokens)):
+                out = model(
+                    input_ids=line[:, at : at + 1],
+                    past_key_values=out.past_key_values,
+                    use_cache=True,
+                )
+                parts.append(out.logits[0])
+            return torch.cat(parts)
+    finally:
+        model.set_attn_implementation(IMPLEMENTATION)
+
+
+def _paged_logits(loaded: LoadedModel, library: CDLL | None, script: _Script) -> torch.Tensor:
+    layout = block_layout(BLOCK_SIZE, loaded.dtype, loaded.shapes)
+    own, other = layout.blocks_for(len(script.tokens)), layout.blocks_for(len(script.beside))
+    order = np.random.default_rng(11).permutation(own + other).astype(np.int32)
+    memory = torch.zeros(
+        (own + other, layout.span_bytes), dtype=torch.uint8, device=loaded.device
+    )
+    runner = ModelRunner(loaded, pool_view(memory, layout), library)
+    parts = []
+    try:
+        start = 0
+        for end in script.cuts:
+            rows = [_row(script.tokens[start:end], start, order[:own])]
+            if start == 0:
+                rows.insert(0, _row(script.beside, 0, order[own:]))
+            logits = runner.logits(rows)
+            if runner.attended != len(loaded.layers):
+                raise ModelRefused(
+                    f"{loaded.model.config.model_type}: {runner.attended} of "
+                    f"{len(loaded.layers)} layers attended over the pool"
+                )
+            parts.append(logits[-(end - start) :])
+            start = end
+    finally:
+        runner.detach()
+    return torch.cat(parts)
+
+
+def _row(tokens: Sequence[int], start: int, table: npt.NDArray[np.int32]) -> Row:
+    return Row(tokens=tokens, start=start, block_table=table)

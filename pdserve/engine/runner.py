@@ -1,0 +1,112 @@
+"""Runs a loaded model over a KV pool, one step of packed rows at a time (the Runner of step.py).
+
+All rows of a step go through the model as one line of tokens; attention finds each token's blocks
+by the step's plan. Logits are computed only where something reads them, and sampled in one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from ctypes import CDLL
+from typing import Any
+
+import torch
+
+from pdserve.engine.attention import PagedAttention
+from pdserve.engine.model import LoadedModel
+from pdserve.engine.plan import StepPlan, plan_step, wanted_logits
+from pdserve.engine.pool_view import PoolView
+from pdserve.engine.sampler import TokenSampler
+from pdserve.engine.step import Row, RowResult, SamplerState
+from pdserve.types import Sampling, TokenLogprob, TokenOut
+
+
+class ModelRunner:
+    """Owns the model's binding to one pool. Called on the engine's thread alone."""
+
+    def __init__(self, loaded: LoadedModel, pool: PoolView, library: CDLL | None) -> None:
+        """``library``: the native attention kernel; None gathers."""
+        self._loaded = loaded
+        self._pool = pool
+        self._attention = PagedAttention(loaded.modules, pool, library)
+        self._sampler = TokenSampler(loaded.vocab_size)
+        self._decoder = _decoder_of(loaded.model)
+
+    def open_sampler(
+        self, sampling: Sampling, token_ids: Sequence[int], prompt_len: int
+    ) -> SamplerState:
+        return self._sampler.open(sampling, token_ids, prompt_len)
+
+    def zero_tail(self, block: int, used_tokens: int) -> None:
+        self._pool.zero_tail(block, used_tokens)
+
+    @torch.inference_mode()
+    def step(self, rows: Sequence[Row]) -> list[RowResult]:
+        plan = plan_step(rows, self._pool.layout.block_size, self._attention.short_limit)
+        wanted, counts = wanted_logits(rows, plan)
+        places = torch.from_numpy(wanted)
+        logits = self._forward(plan, places)
+        states = [row.sampler for row in rows if row.sampler is not None]
+        sampled = iter(self._sample(logits, states))
+        parts = iter(logits[len(states) :].split(counts[1:]) if len(counts) > 1 else ())
+        results = []
+        for row in rows:
+            token = next(sampled) if row.sampler is not None else None
+            if row.prompt_logprobs is None:
+                results.append(RowResult(token))
+            else:
+                results.append(RowResult(token, self._prompt_logprobs(row, next(parts))))
+        return results
+
+    def logits(self, rows: Sequence[Row]) -> torch.Tensor:
+        """Logits [tokens, vocabulary] of every token of the rows, as the model's dtype."""
+        plan = plan_step(rows, self._pool.layout.block_size, self._attention.short_limit)
+        with torch.inference_mode():
+            return self._forward(plan, torch.arange(plan.size))
+
+    @property
+    def attended(self) -> int:
+        """How many layers attended over the pool in the last step."""
+        return self._attention.calls
+
+    def detach(self) -> None:
+        """Unbinds the model, so that another runner can bind it."""
+        self._attention.detach()
+
+    def _sample(self, logits: torch.Tensor, states: Sequence[SamplerState]) -> list[TokenOut]:
+        if not states:
+            return []
+        return self._sampler.sample(logits[: len(states)], states)
+
+    def _prompt_logprobs(self, row: Row, logits: torch.Tensor) -> tuple[TokenLogprob, ...]:
+        if not len(row.targets):
+            return ()
+        assert row.prompt_logprobs is not None
+        return self._sampler.prompt_logprobs(logits, row.targets, row.prompt_logprobs)
+
+    def _forward(self, plan: StepPlan, places: torch.Tensor) -> torch.Tensor:
+        """Logits [len(places), vocabulary] at those places of the line."""
+        loaded = self._loaded
+        inputs: dict[str, Any] = {
+            "input_ids": torch.from_numpy(plan.tokens)[None].to(loaded.device),
+            "position_ids": torch.from_numpy(plan.positions)[None].to(loaded.device),
+            "use_cache": False,
+        }
+        with self._attention.step(plan):
+            if not len(places) and self._decoder is not None:
+                self._decoder(**inputs)  # a chunk in mid-prompt: only its KV is wanted
+                return torch.empty((0, loaded.vocab_size))
+            where = places.to(loaded.device)
+            if loaded.takes_positions and len(places):
+                inputs["logits_to_keep"] = where
+                logits: torch.Tensor = loaded.model(**inputs).logits[0]
+                return logits
+            logits = loaded.model(**inputs).logits[0]
+            return logits[where]
+
+
+def _decoder_of(model: Any) -> Any | None:
+    """The model without its output layer, when it can be run by itself."""
+    inner = model.base_model
+    return inner if inner is not model else None
+
