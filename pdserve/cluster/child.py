@@ -1,0 +1,190 @@
+"""One child process that is started again when it ends by itself.
+
+NEW -start-> STARTING -ready-> RUNNING -ended-> STARTING ... -stop-> STOPPED
+             STARTING -ended before it was ever ready-> FAILED
+
+A thread of its own starts and awaits the process and lives as long as the Child: the kernel ties
+the process to the *thread* that started it (PR_SET_PDEATHSIG), so that no process outlives a
+killed ``pdserve up``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+from pdserve.errors import ConfigError, InternalError, PdserveError
+
+logger = logging.getLogger(__name__)
+
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_BACKOFF_MIN_S = 0.2
+_BACKOFF_MAX_S = 5.0
+_STABLE_S = 30.0
+_LOG_TAIL_BYTES = 4096
+
+Ready = Callable[["subprocess.Popen[bytes]"], None]
+
+
+def tail_of(log: Path) -> str:
+    """The last line that a process wrote to its log; empty without one."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - _LOG_TAIL_BYTES))
+            lines = file.read().decode("utf-8", "replace").split("\n")
+    except FileNotFoundError:
+        return ""
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+class Child:
+    """Owns one process at a time; all methods may be called from any thread."""
+
+    def __init__(
+        self,
+        name: str,
+        command: Callable[[], Sequence[str]],
+        ready: Ready,
+        *,
+        env: Mapping[str, str],
+        log: Path,
+        piped: bool = False,
+        on_ready: Callable[[bool], None] = lambda again: None,
+        on_death: Callable[[int], None] = lambda code: None,
+    ) -> None:
+        """``command`` is asked at each start. ``ready`` blocks until the process serves, and raises
+        if it never will. What it prints goes to the log; ``piped`` hands its standard output to
+        ``ready``, who then reads it to its end. ``on_ready`` hears whether this was a restart,
+        ``on_death`` the exit code of a process that nobody stopped; both run on the child's thread.
+        """
+        self.name = name
+        self._command = command
+        self._ready = ready
+        self._env = {**os.environ, **env}
+        self._log = log
+        self._piped = piped
+        self._on_ready = on_ready
+        self._on_death = on_death
+        self._stopping = threading.Event()
+        self._settled = threading.Event()  # first start: ready or failed
+        self._failure: PdserveError | None = None
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._thread = threading.Thread(target=self._run, name=f"child-{name}", daemon=True)
+
+    @property
+    def pid(self) -> int:
+        """Of the process that runs now; 0 without one."""
+        process = self._process
+        return process.pid if process is not None and process.poll() is None else 0
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Waits for the first start. Raises what kept the process from serving."""
+        if not self._settled.wait(timeout_s):
+            raise InternalError(
+                f"{self.name} did not serve within {timeout_s:g} s; see {self._log}"
+            )
+        if self._failure is not None:
+            raise self._failure
+
+    def stop(self, timeout_s: float) -> None:
+        """SIGTERM, then SIGKILL after ``timeout_s``; returns when the process has ended."""
+        self._stopping.set()
+        with self._lock:
+            process = self._process
+        if process is not None:
+            process.terminate()
+            try:
+                process.wait(timeout_s)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self._keep_running()
+        except Exception as error:
+            # Nobody awaits this thread: whoever waits for readiness must hear of it.
+            logger.exception("%s: its supervision failed", self.name)
+            self._failure = InternalError(f"{self.name}: {error}")
+        finally:
+            self._settled.set()
+
+    def _keep_running(self) -> None:
+        backoff, again = _BACKOFF_MIN_S, False
+        while not self._stopping.is_set():
+            process = self._spawn()
+            if process is None:
+                return
+            started = time.monotonic()
+            if not self._await_ready(process, again) and not again:
+                return
+            again = True
+            code = process.wait()
+            if self._stopping.is_set():
+                return
+            self._on_death(code)
+            stable = time.monotonic() - started > _STABLE_S
+            backoff = _BACKOFF_MIN_S if stable else min(_BACKOFF_MAX_S, backoff * 2)
+            self._stopping.wait(backoff)
+
+    def _spawn(self) -> subprocess.Popen[bytes] | None:
+        command = list(self._command())
+        with self._log.open("ab") as log, self._lock:
+            if self._stopping.is_set():
+                return None
+            try:
+                self._process = _popen(command, self._env, log, self._piped)
+            except OSError as error:
+                self._failure = ConfigError(f"cannot start {command[0]}: {error.strerror}")
+                return None
+            return self._process
+
+    def _await_ready(self, process: subprocess.Popen[bytes], again: bool) -> bool:
+        try:
+            self._ready(process)
+        except PdserveError as error:
+            process.kill()
+            process.wait()
+            if not again and not self._stopping.is_set():
+                self._failure = error
+            return False
+        self._on_ready(again)
+        self._settled.set()
+        return True
+
+
+def _popen(
+    command: Sequence[str], env: Mapping[str, str], log: IO[bytes], piped: bool
+) -> subprocess.Popen[bytes]:
+    parent = os.getpid()
+
+    def die_with_parent() -> None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the line above
+            os._exit(1)
+
+    return subprocess.Popen(
+        command,
+        env=dict(env),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE if piped else log,
+        stderr=log,
+        # Ctrl-C is for us; we then stop the others in order.
+        start_new_session=True,
+        preexec_fn=die_with_parent,  # noqa: PLW1509  (one system call, bound before the fork)
+    )

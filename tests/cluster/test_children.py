@@ -1,0 +1,175 @@
+"""Children are awaited until they serve, restarted when they die, and never outlive their owner."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import redis
+
+from pdserve.cluster import orphans
+from pdserve.cluster.child import Child, tail_of
+from pdserve.cluster.redis_server import RedisServer
+from pdserve.config import RedisTierConfig
+from pdserve.errors import ConfigError, InternalError, PdserveError
+
+
+def eventually(true: Callable[[], object], within_s: float = 10.0) -> None:
+    limit = time.monotonic() + within_s
+    while not true():
+        assert time.monotonic() < limit, "it never became true"
+        time.sleep(0.02)
+
+
+def redis_server(tmp_path: Path, notes: list[str], bytes_max: int = 2**20) -> RedisServer:
+    config = RedisTierConfig(bytes_max=bytes_max)
+    return RedisServer(config, tmp_path, tmp_path, f"{tmp_path}:run", notes.append)
+
+
+def test_redis_serves_on_a_socket_alone_keeps_nothing_and_ends(tmp_path: Path) -> None:
+    server = redis_server(tmp_path, [], bytes_max=4 * 2**20)
+    server.start()
+    server.wait_ready()
+    try:
+        with redis.Redis.from_url(server.url) as client:
+            wanted = {
+                "port": "0",
+                "maxmemory": str(4 * 2**20),
+                "maxmemory-policy": "allkeys-lru",
+                "save": "",
+                "appendonly": "no",
+            }
+            assert {key: client.config_get(key)[key] for key in wanted} == wanted
+            for i in range(64):  # twice its memory: old entries go, writes do not fail
+                client.set(f"k{i}", bytes(2**17))
+            assert client.get("k63") == bytes(2**17)
+            assert client.get("k0") is None
+        assert orphans.mark_of(server.pid) == f"{tmp_path}:run"
+    finally:
+        pid = server.pid
+        server.stop()
+    assert orphans.wait_gone(pid, 0)
+    assert not list(tmp_path.glob("*.rdb"))
+
+
+def test_a_redis_that_dies_comes_back_at_the_same_place(tmp_path: Path) -> None:
+    notes: list[str] = []
+    server = redis_server(tmp_path, notes)
+    server.start()
+    server.wait_ready()
+    try:
+        first = server.pid
+        os.kill(first, signal.SIGKILL)
+        eventually(lambda: "redis serves again, empty" in notes)
+        assert server.pid not in (0, first)
+        with redis.Redis.from_url(server.url) as client:
+            assert client.ping()
+        assert notes[0].startswith("redis ended with code -9")
+    finally:
+        server.stop()
+    assert orphans.find_marked(tmp_path) == ()
+
+
+def test_a_redis_that_cannot_start_says_why(tmp_path: Path) -> None:
+    (tmp_path / "redis.sock").mkdir()
+    server = redis_server(tmp_path, [])
+    server.start()
+    with pytest.raises(ConfigError, match="redis-server did not start"):
+        server.wait_ready()
+    server.stop()
+
+
+def child(tmp_path: Path, code: str, ready: Callable[[subprocess.Popen[bytes]], None]) -> Child:
+    command = [sys.executable, "-c", code]
+    return Child("thing", lambda: command, ready, env={}, log=tmp_path / "log")
+
+
+def test_a_child_that_never_gets_ready_fails_once_and_is_not_restarted(tmp_path: Path) -> None:
+    starts: list[int] = []
+
+    def ready(process: subprocess.Popen[bytes]) -> None:
+        starts.append(process.pid)
+        process.wait()
+        raise ConfigError(tail_of(tmp_path / "log"))
+
+    thing = child(tmp_path, "import sys; sys.exit('the reason')", ready)
+    thing.start()
+    with pytest.raises(ConfigError, match="the reason"):
+        thing.wait_ready(10)
+    thing.stop(1)
+    assert len(starts) == 1
+    assert thing.pid == 0
+
+
+def test_a_broken_start_is_told_to_who_waits(tmp_path: Path) -> None:
+    def ready(process: subprocess.Popen[bytes]) -> None:
+        raise ValueError("a bug")
+
+    thing = child(tmp_path, "import time; time.sleep(60)", ready)
+    thing.start()
+    with pytest.raises(InternalError, match="a bug"):
+        thing.wait_ready(10)
+    pid = thing.pid
+    thing.stop(1)
+    assert orphans.wait_gone(pid, 0)
+
+
+def test_a_missing_program_is_a_clear_error(tmp_path: Path) -> None:
+    thing = Child("x", lambda: ["/no/such/program"], lambda p: None, env={}, log=tmp_path / "log")
+    thing.start()
+    with pytest.raises(PdserveError, match="cannot start /no/such/program"):
+        thing.wait_ready(10)
+    thing.stop(1)
+
+
+def test_a_child_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
+    code = "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(60)"
+    thing = child(tmp_path, code, lambda p: time.sleep(0.3))
+    thing.start()
+    thing.wait_ready(10)
+    pid = thing.pid
+    begin = time.monotonic()
+    thing.stop(0.2)
+    assert time.monotonic() - begin < 5
+    assert orphans.wait_gone(pid, 0)
+
+
+def test_a_stop_during_the_start_leaves_nothing(tmp_path: Path) -> None:
+    reached = threading.Event()
+
+    def ready(process: subprocess.Popen[bytes]) -> None:
+        reached.set()
+        process.wait()
+        raise InternalError("ended")
+
+    thing = child(tmp_path, "import time; time.sleep(60)", ready)
+    thing.start()
+    assert reached.wait(10)
+    pid = thing.pid
+    thing.stop(5)
+    assert orphans.wait_gone(pid, 0)
+
+
+def test_children_die_with_a_killed_owner(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from pdserve.cluster.child import Child\n"
+        "c = Child('x', lambda: [sys.executable, '-c', 'import time; time.sleep(60)'],"
+        " lambda p: None, env={}, log=Path(sys.argv[1]))\n"
+        "c.start(); c.wait_ready(10); print(c.pid, flush=True); time.sleep(60)"
+    )
+    owner = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "log")], stdout=subprocess.PIPE, text=True
+    )
+    assert owner.stdout is not None
+    pid = int(owner.stdout.readline())
+    assert not orphans.wait_gone(pid, 0.1)
+    owner.kill()
+    owner.wait()
+    assert orphans.wait_gone(pid, 5)
