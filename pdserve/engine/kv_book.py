@@ -1,0 +1,281 @@
+"""The blocks of sequences: reserve, commit, share, write back, release; and the events about them.
+
+Every change of a sequence's blocks goes through here, so that the events (Stored, Removed,
+WriteBack) come in the order of what happened, and references always add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+from pdserve.engine.api import (
+    BlockHasher,
+    BlockId,
+    Cleared,
+    Event,
+    Job,
+    PinTicket,
+    Removed,
+    Stored,
+    WriteBack,
+)
+from pdserve.engine.blocks import BlockAllocator, CommitOutcome
+from pdserve.engine.limits import Limits
+from pdserve.engine.sequence import Sequence
+from pdserve.types import BlockKey, Tier
+
+# Write-back may pin one block in so many of the pool, and only while as large a share is to be had.
+PIN_SHARE = 4
+SPARE_SHARE = 8
+
+
+class KvBook:
+    """Owns the allocator. Events are appended to ``events``, which the caller owns."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        generations: npt.NDArray[np.uint64],
+        hasher: BlockHasher,
+        has_tiers: bool,
+        events: list[Event],
+    ) -> None:
+        self.limits = limits
+        self.pool = BlockAllocator(limits.num_blocks, generations)
+        self.has_tiers = has_tiers
+        self._hasher = hasher
+        self._events = events
+        self._pins: dict[PinTicket, list[int]] = {}
+        self._pinned = 0
+        self._tickets = 0
+        # Committed in this step, to be offered to the slower tiers.
+        self._fresh: list[tuple[BlockKey, int]] = []
+
+    @property
+    def pinned(self) -> int:
+        return self._pinned
+
+    # ---- reservations ----------------------------------------------------------------------------
+
+    def cacheable(self, seq: Sequence) -> int:
+        """How many of the first blocks may come from a cache.
+
+        The last token is computed here, to know what follows it; a peer does that for an IMPORT.
+        """
+        if not seq.caches:
+            return 0
+        tokens = seq.known if seq.job is Job.IMPORT else seq.known - 1
+        return tokens // self.limits.block_size
+
+    def reserve(self, seq: Sequence, spare: int) -> bool:
+        """Blocks for every known token, or none at all.
+
+        ``spare``: so many blocks must stay available, for running sequences to grow into.
+        """
+        size = self.limits.block_size
+        seq.extend_keys(self._hasher, size)
+        total = self.limits.blocks_for(seq.known)
+        if seq.job is Job.IMPORT:
+            total = min(total + 1, self.limits.num_blocks)
+        hits = self.pool.match_prefix(seq.keys[: self.cacheable(seq)])
+        self.pool.acquire(hits)
+        need = total - len(hits)
+        allocation = self.pool.allocate(need) if self.pool.available >= need + spare else None
+        if allocation is None:
+            self.pool.release(hits)
+            return False
+        self._removed(allocation.evicted)
+        seq.add_blocks(hits)
+        seq.add_blocks(allocation.blocks)
+        seq.committed = len(hits)
+        seq.computed = len(hits) * size
+        self._credit(seq, Tier.DEVICE, 0, len(hits))
+        return True
+
+    def grow(self, seq: Sequence) -> bool:
+        """One more block; False when none is to be had."""
+        allocation = self.pool.allocate(1)
+        if allocation is None:
+            return False
+        self._removed(allocation.evicted)
+        seq.add_blocks(allocation.blocks)
+        return True
+
+    def release(self, seq: Sequence) -> None:
+        """All blocks of a sequence; what it committed stays cached."""
+        self.pool.release(seq.drop_blocks())
+
+    def own_next_block(self, seq: Sequence) -> bool:
+        """Makes the block of the next token to compute private; False when none is to be had.
+
+        It can be a shared one only for an IMPORT whose whole prompt was found here and whose last
+        token must be computed here after all.
+        """
+        index = seq.computed // self.limits.block_size
+        if not self.pool.is_indexed(seq.blocks[index]):
+            return True
+        seq.committed = min(seq.committed, index)
+        seq.sources.pop(index, None)
+        if index + 1 < len(seq.blocks):
+            self.pool.release([seq.replace_block(index, seq.pop_block())])
+            return True
+        self.pool.release([seq.pop_block()])
+        return self.grow(seq)
+
+    # ---- sharing ---------------------------------------------------------------------------------
+
+    def commit(self, seq: Sequence, upto: int, from_tier: bool = False) -> None:
+        """Indexes the blocks before ``upto``, which hold final KV; shares those already indexed."""
+        if not seq.caches or not seq.chained:
+            return
+        seq.extend_keys(self._hasher, self.limits.block_size)
+        first = seq.committed  # of the run that the next Stored names
+        while seq.committed < upto:
+            index = seq.committed
+            block, key = seq.blocks[index], seq.keys[index]
+            outcome = self.pool.commit(block, key, seq.blocks[index - 1] if index else None)
+            if outcome is CommitOutcome.ORPHAN:
+                seq.chained = False
+                break
+            if outcome is CommitOutcome.DUPLICATE:
+                self._stored(seq, first, index)
+                self._share(seq, index, key)
+                first = index + 1
+            elif self.has_tiers and not from_tier:
+                self._fresh.append((key, block))
+            seq.committed += 1
+        self._stored(seq, first, seq.committed)
+
+    def adopt(self, seq: Sequence) -> int:
+        """Takes over what another sequence computed since this one was admitted.
+
+        Returns the number of blocks that need not be computed any more.
+        """
+        size = self.limits.block_size
+        first = seq.committed
+        if not seq.chained or seq.computed != first * size or first >= self.cacheable(seq):
+            return 0
+        if self.pool.lookup(seq.keys[first]) is None:
+            return 0
+        if first and not self.pool.is_indexed(seq.blocks[first - 1]):
+            return 0  # forgotten meanwhile
+        found = self.pool.match_prefix(seq.keys[first : self.cacheable(seq)])
+        for key in seq.keys[first : first + len(found)]:
+            self._share(seq, seq.committed, key)
+            seq.committed += 1
+            seq.computed += size
+        self._credit(seq, Tier.DEVICE, first, len(found))
+        return len(found)
+
+    def fill_from_tiers(self, seq: Sequence, hits: Iterable[Tier | None]) -> None:
+        """The lent blocks that a tier filled: the leading ones of ``hits`` that are not None."""
+        end = self.cacheable(seq)
+        index = seq.first_lent
+        for tier in hits:
+            if tier is None or index >= end:
+                break
+            self._credit(seq, tier, index, 1)
+            index += 1
+        seq.computed = index * self.limits.block_size
+        self.commit(seq, index, from_tier=True)
+
+    def _share(self, seq: Sequence, index: int, key: BlockKey) -> None:
+        """Swaps a private block for the indexed one of the same content."""
+        block = self.pool.lookup(key)
+        assert block is not None
+        self.pool.acquire([block])
+        self.pool.release([seq.replace_block(index, block)])
+
+    def _credit(self, seq: Sequence, tier: Tier, first: int, count: int) -> None:
+        # After a preemption the sequence finds its own blocks; that is no saving.
+        if not seq.preemptions:
+            seq.sources.update(dict.fromkeys(range(first, first + count), tier))
+
+    # ---- write-back ------------------------------------------------------------------------------
+
+    def write_back(self) -> None:
+        """Offers what this step committed to the slower tiers, as far as pins are allowed."""
+        if not self._fresh:
+            return
+        room = self.limits.num_blocks // PIN_SHARE - self._pinned
+        if self.pool.available < self.limits.num_blocks // SPARE_SHARE:
+            room = 0
+        chosen = [
+            (key, block) for key, block in self._fresh[: max(room, 0)] if self._holds(block, key)
+        ]
+        self._fresh.clear()
+        if not chosen:
+            return
+        blocks = [block for _, block in chosen]
+        self.pool.acquire(blocks)
+        self._tickets += 1
+        ticket = PinTicket(self._tickets)
+        self._pins[ticket] = blocks
+        self._pinned += len(blocks)
+        self._events.append(
+            WriteBack(
+                ticket,
+                keys=tuple(key for key, _ in chosen),
+                blocks=tuple(BlockId(block) for block in blocks),
+            )
+        )
+
+    def _holds(self, block: int, key: BlockKey) -> bool:
+        """A block that was committed in this step may have been forgotten in the same step."""
+        return self.pool.lookup(key) == block
+
+    def unpin(self, ticket: PinTicket) -> bool:
+        blocks = self._pins.pop(ticket, None)
+        if blocks is None:
+            return False
+        self._pinned -= len(blocks)
+        self.pool.release(blocks)
+        return True
+
+    # ---- the index as a whole --------------------------------------------------------------------
+
+    def forget(self, keys: Iterable[BlockKey]) -> None:
+        self._removed(self.pool.forget(keys))
+
+    def flush(self) -> None:
+        removed = self.pool.flush()
+        if self.pool.indexed:
+            self._removed(removed)
+        else:
+            self._events.append(Cleared())
+
+    def _removed(self, keys: list[BlockKey]) -> None:
+        if keys:
+            self._events.append(Removed(tuple(keys)))
+
+    def _stored(self, seq: Sequence, first: int, end: int) -> None:
+        if end <= first:
+            return
+        size = self.limits.block_size
+        self._events.append(
+            Stored(
+                keys=tuple(seq.keys[first:end]),
+                parent=seq.keys[first - 1] if first else None,
+                token_ids=tuple(seq.tokens[first * size : end * size]),
+                block_size=size,
+            )
+        )
+
+    def violations(self, sequences: Iterable[Sequence]) -> tuple[str, ...]:
+        """The pool's own, and references that no sequence and no pin accounts for."""
+        expected = [0] * self.limits.num_blocks
+        for seq in sequences:
+            for block in seq.blocks:
+                expected[block] += 1
+        for blocks in self._pins.values():
+            for block in blocks:
+                expected[block] += 1
+        wrong = tuple(
+            f"block {block} has {self.pool.references(block)} references, {count} are known"
+            for block, count in enumerate(expected)
+            if self.pool.references(block) != count
+        )
+        return self.pool.violations() + wrong
