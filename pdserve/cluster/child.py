@@ -121,6 +121,9 @@ class Child:
             # Nobody awaits this thread: whoever waits for readiness must hear of it.
             logger.exception("%s: its supervision failed", self.name)
             self._failure = InternalError(f"{self.name}: {error}")
+            if self._process is not None:
+                self._process.kill()
+                self._process.wait()
         finally:
             self._settled.set()
 

@@ -116,9 +116,8 @@ def test_a_broken_start_is_told_to_who_waits(tmp_path: Path) -> None:
     thing.start()
     with pytest.raises(InternalError, match="a bug"):
         thing.wait_ready(10)
-    pid = thing.pid
+    assert thing.pid == 0
     thing.stop(1)
-    assert orphans.wait_gone(pid, 0)
 
 
 def test_a_missing_program_is_a_clear_error(tmp_path: Path) -> None:
