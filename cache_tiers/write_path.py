@@ -1,0 +1,302 @@
+"""Copies finished blocks to the slower tiers, off the token path.
+
+    writer thread:  pinned blocks -> host tier, and one copy aside for Redis -> Unpin
+    sender thread:  copies aside -> what Redis lacks -> Redis
+
+No block stays pinned while bytes travel. Both threads work strictly in order, so a forget or a
+clear that comes after a write-back acts after it. What does not fit (too many blocks pinned, too
+many bytes aside) is dropped, newest first, and counted: a tier is never worth a wait.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from cache_tiers.fence import ForgetFence
+from cache_tiers.host import HostTier
+from cache_tiers.redis_tier import RedisTier
+from cache_tiers.workers import Workers
+from pdserve.engine.api import Unpin, WriteBack
+from pdserve.errors import TierError
+from pdserve.types import BlockKey, Tier
+
+IDLE_S = 2.0
+_UNDELETED_MAX = 65536
+
+SpanOf = Callable[[int], memoryview]
+UnpinSink = Callable[[Unpin], None]
+
+
+@dataclass(frozen=True, slots=True)
+class WriteLimits:
+    pinned_blocks: int = 1024  # waiting for the writer thread
+    aside_bytes: int = 128 << 20  # copied and waiting for Redis
+
+
+@dataclass(frozen=True, slots=True)
+class WriteCounts:
+    jobs: int = 0
+    dropped_jobs: int = 0  # unpinned without a copy
+    unsent_blocks: int = 0  # kept from Redis by a full queue or a failure
+    undeleted_keys: int = 0  # forgotten, but still in a Redis that does not answer
+
+
+@dataclass(frozen=True, slots=True)
+class _Save:
+    job: WriteBack
+    done: UnpinSink
+
+
+@dataclass(frozen=True, slots=True)
+class _Forget:
+    keys: tuple[BlockKey, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Clearing:
+    """A clear under way; ``ended`` is set once it is done, with ``errors`` if it failed."""
+
+    tiers: frozenset[Tier]
+    ended: threading.Event = field(default_factory=threading.Event)
+    errors: list[TierError] = field(default_factory=list)
+
+    def fail(self, error: TierError) -> None:
+        self.errors.append(error)
+        self.ended.set()
+
+
+@dataclass(frozen=True, slots=True)
+class _Send:
+    keys: tuple[BlockKey, ...]
+    values: tuple[memoryview, ...]
+    size: int
+
+
+class WritePath:
+    """Thread-safe. Every ``save`` ends with one call of its ``done``."""
+
+    def __init__(
+        self,
+        host: HostTier | None,
+        redis: RedisTier | None,
+        fence: ForgetFence,
+        span: SpanOf,
+        span_bytes: int,
+        limits: WriteLimits,
+    ) -> None:
+        self._host = host
+        self._redis = redis
+        self._fence = fence
+        self._span = span
+        self._span_bytes = span_bytes
+        self._limits = limits
+        self._lock = threading.Lock()
+        self._counts = WriteCounts()
+        self._pinned = 0
+        self._aside = 0
+        self._undeleted: dict[BlockKey, None] = {}  # the sender thread's own, oldest first
+        self._sender: Workers[_Send | _Forget | Clearing] | None = None
+        if redis is not None:
+            self._sender = Workers("tier-send", 1, self._send, idle=self._tend, idle_s=IDLE_S)
+        self._writer: Workers[_Save | _Forget | Clearing] = Workers("tier-write", 1, self._write)
+
+    def save(self, job: WriteBack, done: UnpinSink) -> None:
+        """Does not block. ``done`` is called on a thread of this path, or here if it is dropped."""
+        with self._lock:
+            fits = self._pinned == 0 or (
+                self._pinned + len(job.blocks) <= self._limits.pinned_blocks
+            )
+            if fits:
+                self._pinned += len(job.blocks)
+            self._count(jobs=1, dropped_jobs=0 if fits else 1)
+        if fits and self._writer.post(_Save(job, done)):
+            return
+        if fits:
+            self._unpinned(job)
+        done(Unpin(job.ticket))
+
+    def forget(self, keys: tuple[BlockKey, ...]) -> None:
+        """The keys are fenced already; the fence falls when no tier holds them."""
+        self._writer.post(_Forget(keys))
+
+    def clear(self, clearing: Clearing) -> None:
+        if not self._writer.post(clearing):
+            clearing.fail(TierError("the tiers are closed"))
+
+    def wait_idle(self, deadline: float) -> bool:
+        return self._writer.wait_idle(deadline) and (
+            self._sender is None or self._sender.wait_idle(deadline)
+        )
+
+    def counts(self) -> WriteCounts:
+        with self._lock:
+            return self._counts
+
+    @property
+    def failures(self) -> int:
+        return self._writer.failures + (self._sender.failures if self._sender else 0)
+
+    def stop(self) -> None:
+        """Takes nothing more; what was not begun is unpinned without a copy."""
+        left_over: list[_Save | _Send | _Forget | Clearing] = [*self._writer.stop()]
+        if self._sender is not None:
+            left_over += self._sender.stop()
+        for job in left_over:
+            if isinstance(job, _Save):
+                self._unpinned(job.job)
+                job.done(Unpin(job.job.ticket))
+            elif isinstance(job, Clearing):
+                job.fail(TierError("the tiers were closed"))
+
+    def join(self, deadline: float) -> None:
+        self._writer.join(deadline)
+        if self._sender is not None:
+            self._sender.join(deadline)
+
+    # ---- the writer's thread ---------------------------------------------------------------------
+
+    def _write(self, job: _Save | _Forget | Clearing) -> None:
+        if isinstance(job, _Save):
+            self._write_back(job)
+        elif isinstance(job, _Forget):
+            if self._host is not None:
+                self._host.delete(job.keys)
+            if self._sender is None or not self._sender.post(job):
+                self._fence.end(job.keys)
+        else:
+            if self._host is not None and Tier.HOST in job.tiers:
+                self._host.clear()
+            if self._sender is None or Tier.REDIS not in job.tiers:
+                job.ended.set()
+            elif not self._sender.post(job):
+                job.fail(TierError("the tiers were closed"))
+
+    def _write_back(self, save: _Save) -> None:
+        job = save.job
+        aside: _Send | None = None
+        try:
+            views = [self._span(block) for block in job.blocks]
+            if self._host is not None:
+                self._host.put(job.keys, views)
+            aside = self._set_aside(job.keys, views)
+        finally:
+            # From here on no byte of the blocks is read.
+            self._unpinned(job)
+            save.done(Unpin(job.ticket))
+        if aside is not None and (self._sender is None or not self._sender.post(aside)):
+            self._drop_aside(aside)
+
+    def _set_aside(self, keys: Sequence[BlockKey], views: Sequence[memoryview]) -> _Send | None:
+        """One copy of as many leading blocks as there is room for."""
+        if self._redis is None:
+            return None
+        with self._lock:
+            room = (self._limits.aside_bytes - self._aside) // self._span_bytes
+            kept = 0 if self._redis.refuses_writes() else min(len(keys), room)
+            self._aside += kept * self._span_bytes
+            self._count(unsent_blocks=len(keys) - kept)
+        if kept == 0:
+            return None
+        copies = np.empty((kept, self._span_bytes), dtype=np.uint8)
+        for row, view in zip(copies, views, strict=False):
+            np.copyto(row, np.frombuffer(view, np.uint8))
+        return _Send(tuple(keys[:kept]), tuple(row.data for row in copies), copies.nbytes)
+
+    # ---- the sender's thread ---------------------------------------------------------------------
+
+    def _send(self, job: _Send | _Forget | Clearing) -> None:
+        assert self._redis is not None
+        if isinstance(job, _Forget):
+            self._delete(job.keys)
+        elif isinstance(job, Clearing):
+            try:
+                self._redis.clear()
+            except TierError as error:
+                job.fail(error)
+            else:
+                job.ended.set()
+        else:
+            try:
+                self._put(job)
+            finally:
+                with self._lock:
+                    self._aside -= job.size
+
+    def _put(self, job: _Send) -> None:
+        assert self._redis is not None
+        try:
+            held = self._redis.contains(job.keys)
+            chosen = [
+                (key, value)
+                for key, value, is_held in zip(job.keys, job.values, held, strict=True)
+                if self._wants(key, is_held)
+            ]
+            self._redis.put([key for key, _ in chosen], [value for _, value in chosen])
+        except TierError:
+            with self._lock:
+                self._count(unsent_blocks=len(job.keys))
+            return
+        self._deleted([key for key, _ in chosen if key in self._undeleted])
+        if self._undeleted:
+            self._delete(())
+
+    def _wants(self, key: BlockKey, is_held: bool) -> bool:
+        if key in self._undeleted:
+            return True  # a new value replaces the suspect one
+        return not is_held and not self._fence.is_fenced(key)
+
+    def _delete(self, keys: Sequence[BlockKey]) -> None:
+        """Deletes ``keys`` and all that could not be deleted before; keeps what fails again."""
+        assert self._redis is not None
+        repeated = [key for key in keys if key in self._undeleted]
+        self._undeleted.update(dict.fromkeys(keys))
+        self._fence.end(repeated)  # one entry of ours stands for one fence
+        try:
+            self._redis.delete(list(self._undeleted))
+        except TierError:
+            surplus = list(self._undeleted)[: max(0, len(self._undeleted) - _UNDELETED_MAX)]
+            self._deleted(surplus)
+        else:
+            self._deleted(list(self._undeleted))
+
+    def _deleted(self, keys: Sequence[BlockKey]) -> None:
+        for key in keys:
+            del self._undeleted[key]
+        self._fence.end(keys)
+        with self._lock:
+            self._counts = replace(self._counts, undeleted_keys=len(self._undeleted))
+
+    def _tend(self) -> None:
+        """With nothing to send: sees whether Redis lives, and repeats what failed."""
+        assert self._redis is not None
+        try:
+            self._redis.ping()
+        except TierError:
+            return  # counted; degraded() tells
+        if self._undeleted:
+            self._delete(())
+
+    # ---- counting --------------------------------------------------------------------------------
+
+    def _count(self, jobs: int = 0, dropped_jobs: int = 0, unsent_blocks: int = 0) -> None:
+        """The caller holds the lock."""
+        now = self._counts
+        self._counts = replace(
+            now,
+            jobs=now.jobs + jobs,
+            dropped_jobs=now.dropped_jobs + dropped_jobs,
+            unsent_blocks=now.unsent_blocks + unsent_blocks,
+        )
+
+    def _unpinned(self, job: WriteBack) -> None:
+        with self._lock:
+            self._pinned -= len(job.blocks)
+
+    def _drop_aside(self, job: _Send) -> None:
+        with self._lock:
+            self._aside -= job.size
+            self._count(unsent_blocks=len(job.keys))
