@@ -1,4 +1,4 @@
-"""Small models with random weights, written as real model folders: safetensors, tokenizer, template.
+"""Small models with random weights, as real folders: safetensors, tokenizer, chat template.
 
 Big enough that greedy answers vary and depend on the whole prompt, small enough that float64 on one
 core is fast. The same family and seed always give the same folder content.

@@ -1,4 +1,4 @@
-"""Attention over a paged pool with torch's own operations: the reference, and the path of long rows.
+"""Attention over a paged pool by torch's own operations: the reference, and for long rows.
 
 Works for every dtype, device, head size, grouping of heads, window and softcap. A row's keys are
 gathered from its blocks, or taken from the row itself when nothing precedes it.
@@ -99,9 +99,7 @@ def _softcapped(
     return torch.matmul(weights, value).view(heads, count, -1).transpose(0, 1)
 
 
-def gather_row(
-    layer: LayerView, row: LongRow, window: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def gather_row(layer: LayerView, row: LongRow, window: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values [heads, K, size] that the row's queries can see, from the pool."""
     size = layer.keys.shape[1]
     end = row.start + row.end - row.begin

@@ -38,7 +38,7 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     return (
         dtype is torch.bfloat16
         and device.type == "cpu"
-        and torch.backends.mkldnn.is_available()
+        and torch._C._has_mkldnn
         and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )
 

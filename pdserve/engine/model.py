@@ -9,8 +9,7 @@ only inside PagedAttention.step (attention.py).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from pdserve.engine import attention, trace
 from pdserve.engine.layout import LayerShape
 from pdserve.engine.linear import can_pack, pack_linears
 from pdserve.engine.pool_view import TORCH_DTYPES
+from pdserve.engine.quiet import quiet_transformers
 from pdserve.engine.refusal import check_config, context_length
 from pdserve.engine.weights import weight_files, weights_revision
 from pdserve.errors import ConfigError, ModelRefused
@@ -120,8 +120,8 @@ def _model_length(config: Any, wanted: int) -> int:
 
 def _read_weights(path: Path, dtype: str, device: torch.device) -> Any:
     try:
-        with _quiet():
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        with quiet_transformers():
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 path,
                 dtype=TORCH_DTYPES[dtype],
                 attn_implementation="eager",
@@ -132,24 +132,13 @@ def _read_weights(path: Path, dtype: str, device: torch.device) -> Any:
             )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
         raise ModelRefused(f"{path} cannot be loaded: {_first_line(error)}") from error
+    model, info = loaded
     absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if absent:
         raise ModelRefused(
             f"{path}: {len(absent)} weights are missing or of another shape ({absent[0]}, ...)"
         )
     return model.eval().requires_grad_(False).to(device)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps transformers' progress bars out of a worker's log."""
-    shown = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers.utils.logging.enable_progress_bar()
 
 
 def _trace(model: Any, max_model_len: int) -> tuple[trace.TracedLayer, ...]:
@@ -189,9 +178,7 @@ def _bytes_of(model: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def _identity(
-    config: Any, revision: str, dtype: str, numerics: Numerics
-) -> Mapping[str, object]:
+def _identity(config: Any, revision: str, dtype: str, numerics: Numerics) -> Mapping[str, object]:
     described = {k: v for k, v in config.to_dict().items() if k not in _VOLATILE}
     text = config.get_text_config(decoder=True)
     return {

@@ -64,8 +64,8 @@ def pool_view(blocks: torch.Tensor, layout: BlockLayout) -> PoolView:
         ]
         layers.append(
             LayerView(
-                keys.unflatten(1, (size, span.heads, span.key_size)),
-                values.unflatten(1, (size, span.heads, span.value_size)),
+                keys.view(-1, size, span.heads, span.key_size),
+                values.view(-1, size, span.heads, span.value_size),
             )
         )
     return PoolView(layout, typed, tuple(layers))

@@ -123,9 +123,7 @@ def _paged_logits(loaded: LoadedModel, library: CDLL | None, script: _Script) ->
     layout = block_layout(BLOCK_SIZE, loaded.dtype, loaded.shapes)
     own, other = layout.blocks_for(len(script.tokens)), layout.blocks_for(len(script.beside))
     order = np.random.default_rng(11).permutation(own + other).astype(np.int32)
-    memory = torch.zeros(
-        (own + other, layout.span_bytes), dtype=torch.uint8, device=loaded.device
-    )
+    memory = torch.zeros((own + other, layout.span_bytes), dtype=torch.uint8, device=loaded.device)
     runner = ModelRunner(loaded, pool_view(memory, layout), library)
     parts = []
     try:

@@ -48,7 +48,7 @@ class ModelRunner:
         logits = self._forward(plan, places)
         states = [row.sampler for row in rows if row.sampler is not None]
         sampled = iter(self._sample(logits, states))
-        parts = iter(logits[len(states) :].split(counts[1:]) if len(counts) > 1 else ())
+        parts = iter(torch.split(logits[len(states) :], list(counts[1:])) if counts[1:] else ())
         results = []
         for row in rows:
             token = next(sampled) if row.sampler is not None else None
@@ -109,4 +109,3 @@ def _decoder_of(model: Any) -> Any | None:
     """The model without its output layer, when it can be run by itself."""
     inner = model.base_model
     return inner if inner is not model else None
-

@@ -1,7 +1,7 @@
 """How many KV blocks fit: the memory at hand is measured, the rest is arithmetic that is shown.
 
-    measure_memory(device) -> Memory          before the weights are loaded
-    size_pool(...) -> PoolSize                pure; DoesNotFit carries the same sum
+measure_memory(device) -> Memory          before the weights are loaded
+size_pool(...) -> PoolSize                pure; DoesNotFit carries the same sum
 """
 
 from __future__ import annotations
@@ -28,6 +28,18 @@ class Memory:
 
     free: int
     source: str
+
+
+@dataclass(frozen=True, slots=True)
+class SizingInputs:
+    """``memory`` was measured before any worker of the host loaded its weights; each takes an
+    equal part. ``capped``: engine.pool_bytes_max holds (CPU workers)."""
+
+    memory: Memory
+    weights_bytes: int
+    workers_on_host: int
+    max_model_len: int
+    capped: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,64 +89,35 @@ def available_cgroup(root: Path) -> int | None:
 
 
 def size_pool(
-    memory: Memory,
-    weights_bytes: int,
-    layout: BlockLayout,
-    engine: EngineConfig,
-    *,
-    pool_blocks: int,
-    workers_on_host: int,
-    max_model_len: int,
-    capped: bool,
+    inputs: SizingInputs, layout: BlockLayout, engine: EngineConfig, pool_blocks: int
 ) -> PoolSize:
-    """Blocks of one worker's pool.
+    """Blocks of one worker's pool. ``pool_blocks``: a fixed number, 0 computes it.
 
-    ``memory`` was measured before any worker of the host loaded its weights; each takes an equal
-    part. ``pool_blocks``: a fixed number, 0 computes it. ``capped``: engine.pool_bytes_max holds
-    (CPU workers). DoesNotFit when not even MIN_BLOCKS fit.
+    DoesNotFit when the fixed number, or MIN_BLOCKS of a computed one, does not fit.
     """
-    part = int(memory.free * engine.memory_fraction / workers_on_host)
-    room = part - weights_bytes
-    fitting = max(0, room) // layout.span_bytes
     if pool_blocks:
-        blocks = pool_blocks
-        fits = weights_bytes + blocks * layout.span_bytes <= memory.free
+        blocks, limit = pool_blocks, inputs.memory.free
+        share = f"{_size(limit)} {inputs.memory.source}"
     else:
-        blocks = fitting
-        if capped:
-            # Never below what one sequence needs, however small the cap.
-            blocks = min(blocks, max(MIN_BLOCKS, engine.pool_bytes_max // layout.span_bytes))
-        fits = blocks >= MIN_BLOCKS
-    text = _sum_text(
-        memory, weights_bytes, layout, blocks if fits else max(blocks, MIN_BLOCKS), part,
-        workers_on_host if not pool_blocks else 0, engine.memory_fraction,
-    )  # fmt: skip
-    if not fits:
-        raise DoesNotFit(f"the model does not fit: {text}")
+        limit = int(inputs.memory.free * engine.memory_fraction / inputs.workers_on_host)
+        share = (
+            f"{_size(limit)} ({engine.memory_fraction:g} of {_size(inputs.memory.free)} "
+            f"{inputs.memory.source}, over {inputs.workers_on_host} workers)"
+        )
+        blocks = max(0, limit - inputs.weights_bytes) // layout.span_bytes
+        if inputs.capped:
+            blocks = min(blocks, engine.pool_bytes_max // layout.span_bytes)
+        # Too few are taken as the fewest, and then refused if these do not fit.
+        blocks = max(blocks, MIN_BLOCKS)
+    need = inputs.weights_bytes + blocks * layout.span_bytes
     holds = blocks * layout.block_size
-    return PoolSize(blocks, text, holds if holds < max_model_len else None)
-
-
-def _sum_text(
-    memory: Memory,
-    weights_bytes: int,
-    layout: BlockLayout,
-    blocks: int,
-    part: int,
-    workers: int,
-    fraction: float,
-) -> str:
-    """``workers`` 0: the number of blocks was given, so no share was computed."""
-    need = weights_bytes + blocks * layout.span_bytes
-    limit = (
-        f"{_size(part)} = {fraction:g} of {_size(memory.free)} {memory.source} / {workers} workers"
-        if workers
-        else f"{_size(memory.free)} {memory.source}"
+    text = (
+        f"weights {_size(inputs.weights_bytes)} + pool {blocks} blocks x "
+        f"{_size(layout.span_bytes)} ({holds} tokens) = {_size(need)}, of {share}"
     )
-    return (
-        f"weights {_size(weights_bytes)} + pool {blocks} blocks x {_size(layout.span_bytes)} "
-        f"({blocks * layout.block_size} tokens) = {_size(need)}, of {limit}"
-    )
+    if need > limit:
+        raise DoesNotFit(f"the model does not fit: {text}")
+    return PoolSize(blocks, text, holds if holds < inputs.max_model_len else None)
 
 
 def _size(count: int) -> str:

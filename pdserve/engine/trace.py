@@ -220,12 +220,13 @@ def trace_attention(
     return out.contiguous()[None], None
 
 
-def trace_mask(*args: Any, mask_function: MaskRule, **kwargs: Any) -> torch.Tensor:
+def trace_mask(mask_function: MaskRule, **kwargs: Any) -> torch.Tensor:
     tracer = _active.get()
     assert tracer is not None, "a traced mask was asked for outside of a trace"
     # Never skipped: the mask itself tells which rule a layer was given.
     kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    mask: torch.Tensor = sdpa_mask(*args, mask_function=mask_function, **kwargs)
+    mask = sdpa_mask(mask_function=mask_function, **kwargs)
+    assert mask is not None
     tracer.note_mask(mask, mask_function)
     return mask
 

@@ -1,0 +1,167 @@
+"""Puts an engine together: model, pool, kernel and scheduler, with everything checked on the way.
+
+measure memory -> load and trace the model -> choose the kernel -> probe
+  -> size the pool -> allocate it -> bind -> Engine (not started)
+"""
+
+from __future__ import annotations
+
+import os
+from ctypes import CDLL
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pdserve.config import Config
+from pdserve.engine.api import BlockHasher, EventSink
+from pdserve.engine.dtypes import resolve_dtype
+from pdserve.engine.engine import Engine
+from pdserve.engine.layout import BlockLayout, block_layout, fingerprint
+from pdserve.engine.memory import PoolMemory, allocate_cuda, allocate_shared
+from pdserve.engine.model import LoadedModel, load_model
+from pdserve.engine.native import load_native, native_supports
+from pdserve.engine.pool_view import TORCH_DTYPES, pool_view
+from pdserve.engine.probe import probe
+from pdserve.engine.resolve import default_cache
+from pdserve.engine.runner import ModelRunner
+from pdserve.engine.sizing import PoolSize, SizingInputs, measure_memory, size_pool
+from pdserve.errors import ConfigError
+from pdserve.types import Incarnation, ModelFacts, Numerics
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltEngine:
+    engine: Engine  # not started
+    memory: PoolMemory  # closed by whoever closes the engine
+    layout: BlockLayout
+    facts: ModelFacts
+    notes: tuple[str, ...]  # what was chosen and why, a line each, for the log
+
+
+def build_engine(
+    config: Config,
+    model_path: str,
+    pool_blocks: int,
+    device: str,
+    threads: int,
+    incarnation: Incarnation,
+    hasher: BlockHasher,
+    has_tiers: bool,
+    sink: EventSink,
+    workers_on_host: int,
+) -> BuiltEngine:
+    """``model_path``: a folder. ``pool_blocks`` and ``threads``: 0 finds them out.
+
+    ModelRefused (DoesNotFit among them) and ConfigError carry the reason. Sets torch's number of
+    threads for the whole process.
+    """
+    where = _device(device)
+    if where.type == "cpu":
+        torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    free = measure_memory(where)
+    loaded = load_model(
+        Path(model_path),
+        dtype=resolve_dtype(config.model),
+        numerics=Numerics(config.model.numerics),
+        device=where,
+        max_model_len=config.model.max_model_len,
+    )
+    library, attention_note = choose_kernel(config, loaded)
+    report = probe(loaded, library)
+    layout = block_layout(config.engine.block_size, loaded.dtype, loaded.shapes)
+    size = size_pool(
+        SizingInputs(
+            memory=free,
+            weights_bytes=loaded.weights_bytes,
+            workers_on_host=workers_on_host,
+            max_model_len=loaded.max_model_len,
+            capped=where.type == "cpu",
+        ),
+        layout,
+        config.engine,
+        pool_blocks or config.engine.pool_blocks,
+    )
+    if where.type == "cuda":
+        memory = allocate_cuda(size.blocks, layout.span_bytes, incarnation, where)
+    else:
+        memory = allocate_shared(size.blocks, layout.span_bytes, incarnation)
+    engine = Engine(
+        runner=ModelRunner(loaded, pool_view(memory.blocks, layout), library),
+        block_size=layout.block_size,
+        num_blocks=size.blocks,
+        generations=memory.generations,
+        config=config.engine,
+        hasher=hasher,
+        has_tiers=has_tiers,
+        sink=sink,
+        max_model_len=loaded.max_model_len,
+    )
+    notes = (
+        f"{loaded.model.config.model_type}, {len(loaded.layers)} layers, {loaded.dtype}, "
+        f"{loaded.numerics.value} numerics, on {where} with {torch.get_num_threads()} threads",
+        attention_note,
+        f"probe: logits differ from eager attention's by {report.difference:.1e} "
+        f"(at most {report.tolerance:g})",
+        *_pool_notes(size, loaded),
+    )
+    return BuiltEngine(engine, memory, layout, _facts(model_path, loaded, layout), notes)
+
+
+def choose_kernel(config: Config, loaded: LoadedModel) -> tuple[CDLL | None, str]:
+    """The native kernel, or None to gather; and the line that says why.
+
+    ConfigError when engine.attention asks for a native kernel that cannot be had.
+    """
+    wish = config.engine.attention
+    if wish == "gather":
+        return None, "attention: gather (asked for)"
+    if not native_supports(TORCH_DTYPES[loaded.dtype], loaded.device):
+        reason = f"there is no native kernel for {loaded.dtype} on {loaded.device}"
+    else:
+        loading = load_native(_kernel_cache(config))
+        if loading.library is not None:
+            return loading.library, "attention: native kernel"
+        reason = loading.reason
+    if wish == "native":
+        raise ConfigError(f"engine.attention is native, but {reason}", param="engine.attention")
+    return None, f"attention: gather, slower than the native kernel, because {reason}"
+
+
+def _kernel_cache(config: Config) -> Path:
+    models = Path(config.model_cache).expanduser() if config.model_cache else default_cache()
+    return models / "kernels"
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"there is no device {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {name} is not supported: cpu and cuda are")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {name}: this torch sees no CUDA device")
+    return device
+
+
+def _pool_notes(size: PoolSize, loaded: LoadedModel) -> tuple[str, ...]:
+    if size.longest is None:
+        return (size.sum,)
+    return (
+        size.sum,
+        f"the pool holds {size.longest} tokens, fewer than the model's context of "
+        f"{loaded.max_model_len}: longer sequences will be refused",
+    )
+
+
+def _facts(path: str, loaded: LoadedModel, layout: BlockLayout) -> ModelFacts:
+    return ModelFacts(
+        path=path,
+        max_model_len=loaded.max_model_len,
+        vocab_size=loaded.vocab_size,
+        block_size=layout.block_size,
+        dtype=loaded.dtype,
+        numerics=loaded.numerics,
+        fingerprint=fingerprint(layout, loaded.identity),
+    )
