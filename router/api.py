@@ -76,6 +76,8 @@ class WorkerView:
     load: Load = field(default_factory=Load)
     # Attempts that the router sent and that have not ended.
     in_flight: int = 0
+    # Prompt tokens that the router sent here to be read and has no first token for yet.
+    pending_tokens: int = 0
 
 
 class Dispatcher(Protocol):

@@ -1,0 +1,61 @@
+"""The requests that run now, by id: admission, duplicates, take-over.
+
+open   a new id, or a resume of a running one by the same principal, which fences the old one
+close  forgets a request, unless its id has been taken over meanwhile
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from pdserve.errors import DuplicateRequest, Overloaded
+from pdserve.types import RequestId
+from router.request_log import RequestLog
+
+RETRY_AFTER_S = 1.0
+
+
+class RequestBook:
+    """Owner of the running requests' logs. Event loop only."""
+
+    def __init__(self, max_requests: int) -> None:
+        self._max = max_requests
+        self._by_id: dict[RequestId, RequestLog] = {}
+        # Fenced ones too: they count until their generators have ended.
+        self._open: set[RequestLog] = set()
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    def open(self, request: RequestLog) -> RequestLog | None:
+        """Admits it; the answer is the request that it takes over, which the caller must end."""
+        job = request.job
+        running = self._by_id.get(job.request_id)
+        if running is not None and not (job.resume and running.job.principal == job.principal):
+            raise DuplicateRequest(
+                f"request {job.request_id} is running; resume takes it over", param="request_id"
+            )
+        if running is None and len(self._by_id) >= self._max:
+            raise Overloaded(f"{self._max} requests are in flight", retry_after_s=RETRY_AFTER_S)
+        self._by_id[job.request_id] = request
+        self._open.add(request)
+        self._empty.clear()
+        return running
+
+    def close(self, request: RequestLog) -> None:
+        if self._by_id.get(request.job.request_id) is request:
+            del self._by_id[request.job.request_id]
+        self._open.discard(request)
+        if not self._open:
+            self._empty.set()
+
+    def running(self) -> tuple[RequestLog, ...]:
+        return tuple(self._open)
+
+    async def empty(self, timeout_s: float) -> bool:
+        """Waits for the last request's end; False when it did not come in time."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._empty.wait()
+        except TimeoutError:
+            return False
+        return True

@@ -1,0 +1,407 @@
+"""From a job to its deltas: placement, attempts, and what follows when one is lost.
+
+    generate: admit -> ( place -> attempt -> relay )* -> finish | fail
+
+A request is a generator and its log. Everything that can happen to it arrives in its inbox, so
+there is one place to wait, and no task or timer per token. The generator's end, however it comes,
+cancels the attempt and forgets the log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from cache_tiers.keys import KeyMaker
+from pdserve.config import Config
+from pdserve.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    Draining,
+    NoWorker,
+    PdserveError,
+    ProtocolError,
+    from_wire,
+)
+from pdserve.rpc import convert
+from pdserve.rpc.deadlines import remaining_ms
+from pdserve.types import FinishReason, ModelFacts, WorkerId
+from pdserve.v1 import worker_pb2
+from router.api import Delta, Job, WorkerView
+from router.attempt import Attempt
+from router.book import RequestBook
+from router.counters import Counters
+from router.inbox import POKE, AttemptLost, Ended, Item, Poke
+from router.kv_view import KvView
+from router.links import Links
+from router.placement import Ask, Placement, Rules, hope, place
+from router.recovery import Failure, GiveUp, History, Limits, decide
+from router.registry import Registry
+from router.request_log import Accepted, RequestLog
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """What one visit to the inbox came to."""
+
+    delta: Delta | None = None
+    finish: FinishReason | None = None
+    failure: Failure | None = None
+
+
+class RequestDispatcher:
+    """The router's Dispatcher (router/api.py). Event loop only."""
+
+    def __init__(
+        self,
+        config: Config,
+        registry: Registry,
+        links: Links,
+        kv_view: KvView,
+        maker: KeyMaker,
+        counters: Counters,
+    ) -> None:
+        self._config = config
+        self._rules = Rules.of(config.router)
+        self._limits = Limits.of(config.router)
+        self._registry = registry
+        self._links = links
+        self._kv_view = kv_view
+        self._maker = maker
+        self.counters = counters
+        self._book = RequestBook(config.router.max_requests)
+        self._turn = 0
+        self._readiness = (False, "no request has gone the whole way yet")
+        self._stopping = False
+
+    # ---- the fronts' side -----------------------------------------------------------------------
+
+    def model(self) -> ModelFacts | None:
+        return self._registry.model()
+
+    def workers(self) -> tuple[WorkerView, ...]:
+        return self._registry.snapshot()
+
+    def ready(self) -> tuple[bool, str]:
+        if self._stopping:
+            return False, "the router is stopping"
+        proven, why = self._readiness
+        if not proven:
+            return False, why
+        return self.servable()
+
+    def servable(self) -> tuple[bool, str]:
+        """Whether a request of one token could be placed at this moment."""
+        model = self._registry.model()
+        if model is None:
+            return False, "no worker has joined"
+        ask = Ask(model.fingerprint, tokens=1, force_pair=self._rules.strict)
+        try:
+            place(self._registry.snapshot(), ask, self._rules)
+        except PdserveError as error:
+            return False, str(error)
+        return True, ""
+
+    def set_readiness(self, proven: bool, why: str) -> None:
+        """The self-test's verdict (router/selftest.py)."""
+        self._readiness = (proven, why)
+
+    def generate(self, job: Job) -> AsyncIterator[Delta]:
+        return self.run(job, force_pair=False)
+
+    # ---- stopping -------------------------------------------------------------------------------
+
+    def stop_accepting(self) -> None:
+        self._stopping = True
+
+    async def drained(self, timeout_s: float) -> bool:
+        """Waits until no request runs; what still does after ``timeout_s`` is ended."""
+        if await self._book.empty(timeout_s):
+            return True
+        for request in self._book.running():
+            request.inbox.put(Ended(Draining("the router is stopping")))
+        return await self._book.empty(1.0)
+
+    # ---- one request ----------------------------------------------------------------------------
+
+    async def run(self, job: Job, *, force_pair: bool) -> AsyncIterator[Delta]:
+        """``force_pair``: hand over whenever a prefill worker lives (for the self-test)."""
+        if self._stopping:
+            raise Draining("the router is stopping")
+        if job.deadline <= time.monotonic():
+            raise DeadlineExceeded("the request's deadline had passed when it came")
+        request = self._admit(job)
+        history = History()
+        timer = asyncio.get_running_loop().call_later(
+            job.deadline - time.monotonic(),
+            request.inbox.put,
+            Ended(DeadlineExceeded("the request's deadline passed")),
+        )
+        try:
+            while True:
+                if (finish := request.finished_by_itself()) is not None:
+                    yield self._finish(request, (), finish)
+                    return
+                placement = await self._placed(request, history, force_pair)
+                self._begin(request, placement, history)
+                taken = _Taken()
+                while taken.failure is None:
+                    taken = self._absorb(request, await request.inbox.take())
+                    if taken.delta is not None:
+                        yield taken.delta
+                    if taken.finish is not None:
+                        return
+                history = await self._recover(request, history, taken.failure)
+        except PdserveError as error:
+            if request.running:
+                request.fail()
+                self.counters.failed += 1
+                log.info("request %s failed: %s: %s", job.request_id, error.code, error)
+            raise
+        finally:
+            timer.cancel()
+            if request.running:
+                self.counters.cancelled += 1
+            self._drop_attempt(request)
+            self._book.close(request)
+
+    def _admit(self, job: Job) -> RequestLog:
+        request = RequestLog(job)
+        fenced = self._book.open(request)
+        self.counters.requests += 1
+        if fenced is not None:
+            # At once: its consumer may be waiting on a connection that is no more.
+            fenced.inbox.put(Ended(Cancelled("the request was taken over by a resume")))
+            self._drop_attempt(fenced)
+        return request
+
+    # ---- placing --------------------------------------------------------------------------------
+
+    async def _placed(self, request: RequestLog, history: History, force_pair: bool) -> Placement:
+        """Waits for a worker while one is on its way back; NoWorker when none is.
+
+        A request that ran already waits for a whole restart; a new one is refused sooner, since
+        its client can still go elsewhere.
+        """
+        timers = self._config.timers
+        patience = timers.start_timeout_s if request.attempts else timers.dead_after_s
+        give_up = time.monotonic() + patience
+        self._turn += 1
+        while True:
+            ask = None
+            try:
+                ask = self._ask(request, history, force_pair)
+                return place(self._registry.snapshot(), ask, self._rules)
+            except NoWorker:
+                left = give_up - time.monotonic()
+                restarts = self._config.pools.restart_workers
+                if ask is None or left <= 0:
+                    raise
+                if not hope(self._registry.snapshot(), ask, self._rules, restarts):
+                    raise
+                await self._pause(request, left)
+
+    def _ask(self, request: RequestLog, history: History, force_pair: bool) -> Ask:
+        """What placement must know. Binds the request to the model that is served now."""
+        model = self._registry.model()
+        if model is None:
+            raise NoWorker("no worker has joined yet")
+        if request.model is None or len(request.generated) == len(request.job.generated):
+            request.bind(model, self._maker)
+        assert request.model is not None
+        known: Mapping[WorkerId, int] = {}
+        if not request.bypass_cache:
+            known = self._kv_view.known(request.keys(self._maker, request.length))
+        size = request.model.block_size
+        return Ask(
+            fingerprint=request.model.fingerprint,
+            tokens=request.length,
+            known={worker: blocks * size for worker, blocks in known.items()},
+            failed=history.failed,
+            prefill_given_up=history.prefill_given_up,
+            force_pair=force_pair,
+            turn=self._turn,
+        )
+
+    async def _pause(self, request: RequestLog, seconds: float) -> None:
+        """Until the cluster changes, or so long. Raises what ends the request meanwhile."""
+        unlisten = self._registry.listen(lambda: request.inbox.put(POKE))
+        timer = asyncio.get_running_loop().call_later(seconds, request.inbox.put, POKE)
+        try:
+            poked = False
+            while not poked:
+                for item in await request.inbox.take():
+                    if isinstance(item, Ended):
+                        raise item.error
+                    poked |= isinstance(item, Poke)
+        finally:
+            timer.cancel()
+            unlisten()
+
+    # ---- attempts -------------------------------------------------------------------------------
+
+    def _begin(self, request: RequestLog, placement: Placement, history: History) -> None:
+        attempt = Attempt(self._registry, placement, len(request.generated))
+        request.begin(attempt)
+        self.counters.attempts += 1
+        self.counters.resumes += request.attempts > 1
+        message = self._start_message(request, attempt)
+        skip = "" if placement.skip is None else placement.skip.value
+        log.debug(
+            "request %s: attempt %s on %s, prompt read by %s %s",
+            request.job.request_id,
+            attempt.id.hex()[:8],
+            placement.decode.facts.id,
+            placement.reader.facts.id,
+            skip,
+        )
+        self._links.start_attempt(placement.decode.facts, message, request.inbox)
+
+    def _start_message(self, request: RequestLog, attempt: Attempt) -> worker_pb2.StartAttempt:
+        placement = attempt.placement
+        message = worker_pb2.StartAttempt(
+            attempt_id=attempt.id,
+            request_id=request.job.request_id,
+            tokens=convert.attempt_tokens_to_proto(request.attempt_tokens(self._maker)),
+            sampling=convert.sampling_to_proto(request.attempt_sampling()),
+            remaining_ms=remaining_ms(request.job.deadline),
+            expected_incarnation=placement.decode.facts.incarnation,
+            priority=request.job.priority,
+            strict=self._rules.strict,
+        )
+        if placement.prefill is not None:
+            self.counters.handoffs += 1
+            peer = placement.prefill.facts
+            message.prefill.worker_id = peer.id
+            message.prefill.address = peer.address
+            message.prefill.incarnation = peer.incarnation
+        elif placement.skip is not None:
+            self.counters.handoffs_skipped += 1
+            message.skip_reason = placement.skip.value
+        return message
+
+    def _drop_attempt(self, request: RequestLog) -> None:
+        """Cancels what still runs on a worker and relieves the registry of it."""
+        attempt = request.attempt
+        if attempt is not None:
+            attempt.end()
+            self._links.cancel_attempt(attempt.placement.decode.facts, attempt.id)
+
+    def _absorb(self, request: RequestLog, items: Sequence[Item]) -> _Taken:
+        """Applies what came, in order, up to the attempt's end. Raises what ends the request."""
+        attempt = request.attempt
+        assert attempt is not None
+        accepted: list[Accepted] = []
+        failure: Failure | None = None
+        for item in items:
+            if isinstance(item, worker_pb2.AttemptEvent):
+                if item.attempt_id != attempt.id:
+                    self.counters.late_events += 1
+                    continue
+                part, failure = self._accept(request, attempt, item)
+                if part is not None:
+                    accepted.append(part)
+                    if part.finish is not None:
+                        return _Taken(self._finish(request, accepted, part.finish), part.finish)
+            elif isinstance(item, Ended):
+                raise item.error
+            elif isinstance(item, AttemptLost) and item.attempt == attempt.id:
+                failure = self._failure(request, attempt, item.error, retryable=True)
+            if failure is not None:
+                break
+        if not accepted:
+            return _Taken(failure=failure)
+        return _Taken(request.delta(accepted, None), failure=failure)
+
+    def _accept(
+        self, request: RequestLog, attempt: Attempt, event: worker_pb2.AttemptEvent
+    ) -> tuple[Accepted | None, Failure | None]:
+        """One event of the running attempt: what it adds, or how the attempt failed."""
+        if event.HasField("failure"):
+            return None, self._failed(request, attempt, event.failure)
+        try:
+            part = request.accept(event)
+        except ProtocolError as error:
+            # Whatever this worker says next is not to be trusted either: another one continues.
+            self.counters.protocol_errors += 1
+            worker = attempt.placement.decode.facts.id
+            log.error("request %s: worker %s: %s", request.job.request_id, worker, error)
+            return None, self._failure(request, attempt, error, retryable=True)
+        if part.tokens:
+            attempt.first_token()
+        if part.tokens or part.finish is not None or part.prompt_logprobs:
+            return part, None
+        return None, None
+
+    def _failed(
+        self, request: RequestLog, attempt: Attempt, said: worker_pb2.AttemptFailure
+    ) -> Failure:
+        retry_after = said.retry_after_ms / 1000 if said.retry_after_ms else None
+        error = from_wire(said.code, said.message, retry_after)
+        prefill = attempt.placement.prefill
+        blamed = prefill is not None and said.suspect_worker == prefill.facts.id
+        return self._failure(request, attempt, error, retryable=said.retryable, prefill=blamed)
+
+    def _failure(
+        self,
+        request: RequestLog,
+        attempt: Attempt,
+        error: PdserveError,
+        *,
+        retryable: bool,
+        prefill: bool = False,
+    ) -> Failure:
+        placement = attempt.placement
+        peer = placement.prefill.facts.incarnation if prefill and placement.prefill else None
+        return Failure(
+            error=error,
+            retryable=retryable,
+            decode=placement.decode.facts.incarnation,
+            prefill=peer,
+            progressed=len(request.generated) > attempt.started_at,
+            streaming=bool(request.generated),
+        )
+
+    async def _recover(self, request: RequestLog, history: History, failure: Failure) -> History:
+        """Decides between another attempt and the end; raises for the latter."""
+        self._drop_attempt(request)
+        request.lose()
+        decision = decide(history, failure, self._limits)
+        if isinstance(decision, GiveUp):
+            raise decision.error
+        log.warning(
+            "request %s: attempt failed after %d tokens, trying again: %s: %s",
+            request.job.request_id,
+            len(request.generated),
+            failure.error.code,
+            failure.error,
+        )
+        if decision.delay_s:
+            await self._pause(request, decision.delay_s)
+        return decision.history
+
+    def _finish(
+        self, request: RequestLog, accepted: Sequence[Accepted], finish: FinishReason
+    ) -> Delta:
+        request.finish()
+        self.counters.finished += 1
+        self._note_cached(request)
+        return request.delta(accepted, finish)
+
+    def _note_cached(self, request: RequestLog) -> None:
+        """What its workers hold now, without waiting for their events: the next turn goes there."""
+        attempt = request.attempt
+        if attempt is None or request.job.sampling.prompt_logprobs is not None:
+            return  # the latter bypass the caches
+        # The last token was sampled, never read: it has no KV.
+        keys = request.keys(self._maker, request.length - 1)
+        self._kv_view.note(attempt.placement.decode.facts, keys)
+        prefill = attempt.placement.prefill
+        if prefill is not None and request.model is not None:
+            whole = len(request.job.prompt) // request.model.block_size
+            self._kv_view.note(prefill.facts, keys[:whole])

@@ -1,0 +1,66 @@
+"""What reaches one request while it runs: events of its attempts, and words from the router.
+
+The token path puts here, once per attempt and engine step; the request's generator takes all that
+is there at once. Bounded by the request itself: a worker sends at most ``max_tokens`` tokens, and
+more than that is a protocol error that ends the attempt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from pdserve.errors import PdserveError
+from pdserve.types import AttemptId
+from pdserve.v1 import worker_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptLost:
+    """The worker of this attempt cannot be heard any more."""
+
+    attempt: AttemptId
+    error: PdserveError
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The router ends the request: its deadline, a take-over, a shutdown."""
+
+    error: PdserveError
+
+
+class Poke:
+    """Nothing but a reason to look again (the cluster changed, a wait is over)."""
+
+
+POKE = Poke()
+
+# An AttemptEvent stays the protobuf message that it came as: it is read once, by the request.
+Item = worker_pb2.AttemptEvent | AttemptLost | Ended | Poke
+
+
+class Inbox:
+    """Event loop only; one taker."""
+
+    __slots__ = ("_items", "_waiter")
+
+    def __init__(self) -> None:
+        self._items: list[Item] = []
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, item: Item) -> None:
+        self._items.append(item)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def take(self) -> list[Item]:
+        """Everything that came since the last take; waits for at least one."""
+        if not self._items:
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        items, self._items = self._items, []
+        return items

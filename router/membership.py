@@ -1,0 +1,31 @@
+"""The Membership service: whoever owns the workers' lives tells the router who exists."""
+
+from __future__ import annotations
+
+import grpc.aio
+
+from pdserve.errors import ProtocolError
+from pdserve.rpc import convert
+from pdserve.v1 import worker_pb2, worker_pb2_grpc
+from router.registry import Registry
+
+MAX_WORKERS = 4096
+
+
+class MembershipService(worker_pb2_grpc.MembershipServicer):
+    """Checks the whole list before the registry sees any of it."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    async def SetWorkers(
+        self, request: worker_pb2.SetWorkersRequest, _context: grpc.aio.ServicerContext
+    ) -> worker_pb2.SetWorkersResponse:
+        if len(request.workers) > MAX_WORKERS:
+            raise ProtocolError(f"workers: {len(request.workers)}, more than {MAX_WORKERS}")
+        workers = [convert.worker_facts_from_proto(worker) for worker in request.workers]
+        ids = {worker.id for worker in workers}
+        if len(ids) != len(workers):
+            raise ProtocolError("workers: an id occurs twice")
+        self._registry.set_workers(workers)
+        return worker_pb2.SetWorkersResponse()
