@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kv_transfer.convert import endpoint_from_proto, offer_from_proto
+from kv_transfer.convert import endpoint_from_proto, offers_from_proto
 
 from decode_worker import protocol
 from decode_worker.facts import AttemptRecord
@@ -74,6 +74,7 @@ class Attempt:
             skip_reason=start.skip_reason or "local",
         )
         self._peer: PrefillPeer | None = None
+        self._peer_blocks = 0
         self._reader: asyncio.Future[BlockReader] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         # Sent with the first tokens.
@@ -114,15 +115,21 @@ class Attempt:
                 raise StaleIncarnation("the prefill worker is not the one that was chosen")
             if endpoint.fingerprint != self._services.facts.model.fingerprint:
                 raise LayoutMismatch("the prefill worker's KV layout differs from this worker's")
+            self._peer_blocks = endpoint.num_blocks
             self._reader = asyncio.ensure_future(self._services.open_reader(endpoint))
             return self._machine.accepted()
         if kind == "started":
             return self._machine.started()
         if kind == "offer":
-            return self._machine.offered([offer_from_proto(o) for o in message.offer.blocks])
+            return self._machine.offered(self._offers(message.offer))
         if kind == "finished":
             return self._peer_finished(message.finished)
         return []  # a message of a later version: nothing that this one waits for
+
+    def _offers(self, offer: kv_pb2.Offer) -> tuple[BlockOffer, ...]:
+        size = self._services.facts.model.block_size
+        prompt_blocks = -(-len(self._submit.tokens.token_ids) // size)
+        return offers_from_proto(offer, prompt_blocks, self._peer_blocks)
 
     def _peer_finished(self, finished: kv_pb2.PrefillFinished) -> list[protocol.Effect]:
         record = self._record
@@ -238,9 +245,7 @@ class Attempt:
         if not self._start.HasField("prefill"):
             record.cached = source.cached
             record.chunks = source.chunks
-            self._prompt_logprobs += [
-                convert.token_logprob_to_proto(entry) for entry in source.prompt_logprobs
-            ]
+            self._prompt_logprobs += convert.prompt_logprobs_to_proto(source.prompt_logprobs)
 
     def _emit_failure(self, effect: protocol.EmitFailure) -> None:
         error = effect.error

@@ -221,7 +221,7 @@ class _Attempt:
             finish_reason=convert.finish_reason_to_proto(event.finish),
             cached_tokens=convert.cached_tokens_to_proto(event.cached),
             chunks=[convert.chunk_timing_to_proto(c) for c in self._machine.chunks],
-            prompt_logprobs=[convert.token_logprob_to_proto(p) for p in event.prompt_logprobs],
+            prompt_logprobs=convert.prompt_logprobs_to_proto(event.prompt_logprobs),
             preemptions=event.preemptions,
         )
         if event.tokens:

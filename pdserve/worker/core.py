@@ -109,7 +109,7 @@ class WorkerCore:
             blocks_cached=counters.blocks_cached,
             blocks_total=counters.blocks_total,
             engine_steps=counters.steps,
-            work_pending=counters.work_pending,
+            work_pending=counters.running > 0,
             draining=self.draining,
             degraded=self._ports.degraded(),
         )

@@ -10,7 +10,7 @@ import grpc
 from pdserve.engine import api
 from pdserve.errors import InvalidRequest
 from pdserve.rpc import convert
-from pdserve.types import Incarnation, Load, Tier, WorkerFacts
+from pdserve.types import Load, Tier, WorkerFacts
 from pdserve.v1 import worker_pb2, worker_pb2_grpc
 from pdserve.worker.bridge import EngineBridge
 
@@ -45,7 +45,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self, request: worker_pb2.WatchRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[worker_pb2.Heartbeat]:
         while True:
-            yield heartbeat(self._facts.incarnation, self._load(), self.draining)
+            yield convert.heartbeat_to_proto(self._facts.incarnation, self._load())
             await asyncio.sleep(self._heartbeat_s)
 
     async def CheckIdle(
@@ -78,12 +78,6 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         # The engine has taken the flush in once it answers what was posted after it.
         await self._bridge.inspect()
         return worker_pb2.FlushResponse()
-
-
-def heartbeat(incarnation: Incarnation, load: Load, draining: bool) -> worker_pb2.Heartbeat:
-    beat = convert.load_to_heartbeat(load, incarnation)
-    beat.draining = draining
-    return beat
 
 
 def flush_tiers(names: Sequence[str]) -> list[Tier]:

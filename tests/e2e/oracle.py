@@ -34,6 +34,14 @@ class Oracle:
             self._answers[key] = self._generate(prompt, max_tokens)
         return self._answers[key]
 
+    def prompt_logprobs(self, prompt: tuple[int, ...]) -> list[float]:
+        """Of each token but the first, given those before it."""
+        ids = torch.tensor([prompt])
+        with torch.inference_mode():
+            logits = self._model(ids).logits[0].double()
+        chosen = torch.log_softmax(logits[:-1], -1).gather(1, ids[0, 1:, None])
+        return [float(value) for value in chosen[:, 0]]
+
     def _generate(self, prompt: tuple[int, ...], max_tokens: int) -> Answer:
         ids = torch.tensor([prompt])
         with torch.inference_mode():
