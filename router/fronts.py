@@ -1,0 +1,80 @@
+"""Both public fronts over one dispatcher: started together, closed together.
+
+start_fronts -> listening on both addresses -> close
+                (health follows the dispatcher's readiness)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from pdserve.config import Config
+from router.api import Dispatcher
+from router.auth import load_keys, load_tls
+from router.boot import RouterBoot
+from router.grpc_front import GrpcFront, start_grpc
+from router.http_front import HttpFront, start_http
+from router.model_files import load_model
+from router.service import Service
+from router.tokens import TokenService
+
+log = logging.getLogger(__name__)
+
+# The dispatcher has drained before the fronts close; what is left are answers being written.
+CLOSE_S = 2.0
+READINESS_S = 0.25
+
+
+class Fronts:
+    """``http_address`` and ``grpc_address`` are host:port as they were bound."""
+
+    def __init__(
+        self, http: HttpFront, grpc: GrpcFront, tokens: TokenService, dispatcher: Dispatcher
+    ) -> None:
+        self.http_address = http.address
+        self.grpc_address = grpc.address
+        self._http = http
+        self._grpc = grpc
+        self._tokens = tokens
+        self._dispatcher = dispatcher
+        self._watch = asyncio.create_task(self._follow_readiness(), name="front-readiness")
+
+    async def close(self) -> None:
+        """Ends what still runs, after CLOSE_S at most for each front."""
+        self._watch.cancel()
+        await asyncio.gather(self._watch, return_exceptions=True)
+        await asyncio.gather(self._http.close(), self._grpc.close(CLOSE_S))
+        self._tokens.close()
+
+    async def _follow_readiness(self) -> None:
+        known: bool | None = None
+        while True:
+            ready, reason = self._dispatcher.ready()
+            if ready != known:
+                known = ready
+                log.info("ready" if ready else "not ready: %s", *(() if ready else (reason,)))
+                await self._grpc.set_serving(ready)
+            await asyncio.sleep(READINESS_S)
+
+
+async def start_fronts(boot: RouterBoot, dispatcher: Dispatcher) -> Fronts:
+    """Raises ConfigError: an address in use, keys, certificate or model files that are wrong."""
+    config: Config = boot.config
+    keys = load_keys(config.security.api_key_files)
+    tls = load_tls(config.security)
+    model = load_model(boot.model_path, boot.served_name, config)
+    tokens = TokenService(model, config.router.tokenizer_threads)
+    if tokens.pieces is None:
+        log.warning("the model has no tokenizer.json: prompts and answers are token ids alone")
+    service = Service(config.router, tokens, dispatcher)
+    http = None
+    try:
+        http = await start_http(service, keys, tls, shutdown_s=CLOSE_S)
+        grpc = await start_grpc(service, keys, tls)
+    except BaseException:
+        if http is not None:
+            await http.close()
+        tokens.close()
+        raise
+    return Fronts(http, grpc, tokens, dispatcher)

@@ -1,0 +1,168 @@
+"""The public gRPC front: Inference, and the standard health and reflection services.
+
+bytes -> authenticate -> parse -> prepare -> stream of responses
+
+Handlers raise PdserveError; the interceptor makes status, text and trailers of it and closes a
+handler's generator in the call's own task, so a client that hangs up cancels its job at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from pdserve.errors import ConfigError
+from pdserve.rpc.channels import bind
+from pdserve.rpc.status import ErrorsToStatus
+from pdserve.v1 import inference_pb2
+from router import grpc_requests
+from router.api import Principal
+from router.auth import KeyRing, Tls
+from router.service import Service
+
+SERVICE = "pdserve.v1.Inference"
+# A client may ask for a longer deadline than the default, but not for none at all.
+MAX_DEADLINE_S = 7 * 86400.0
+
+
+def _serialize(message: inference_pb2.GenerateResponse) -> bytes:
+    return message.SerializeToString()
+
+
+class InferenceHandlers:
+    """The service's methods, from the bytes of a request on."""
+
+    def __init__(self, service: Service, keys: KeyRing) -> None:
+        self._service = service
+        self._keys = keys
+
+    async def generate(
+        self, data: bytes, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        deadline = time.monotonic() + self._remaining_s(context)
+        principal = self._principal(context)
+        message = grpc_requests.parse(inference_pb2.GenerateRequest, data)
+        raw = grpc_requests.raw_request(message)
+        prepared = await self._service.prepare(raw, principal, deadline)
+        job = prepared.jobs[0]
+        stream = self._service.stream(job, prepared.text)
+        try:
+            async for delta in stream:
+                yield grpc_requests.response(job.request_id, job.sampling.seed, delta)
+        finally:
+            await stream.aclose()
+
+    async def tokenize(
+        self, data: bytes, context: grpc.aio.ServicerContext
+    ) -> inference_pb2.TokenizeResponse:
+        self._principal(context)
+        message = grpc_requests.parse(inference_pb2.TokenizeRequest, data)
+        validator = self._service.validator
+        ids = await validator.encode(grpc_requests.tokenize_prompt(message))
+        return inference_pb2.TokenizeResponse(
+            token_ids=ids, max_model_len=validator.limits().max_model_len
+        )
+
+    async def get_model(
+        self, data: bytes, context: grpc.aio.ServicerContext
+    ) -> inference_pb2.GetModelResponse:
+        self._principal(context)
+        grpc_requests.parse(inference_pb2.GetModelRequest, data)
+        limits = self._service.validator.limits()
+        return grpc_requests.model_response(
+            self._service.tokens.model.name,
+            limits.max_model_len,
+            limits.vocab_size,
+            self._service.dispatcher.model(),
+        )
+
+    def _principal(self, context: grpc.aio.ServicerContext) -> Principal:
+        for name, value in context.invocation_metadata() or ():
+            if name == "authorization" and isinstance(value, str):
+                return self._keys.principal(value)
+        return self._keys.principal(None)
+
+    def _remaining_s(self, context: grpc.aio.ServicerContext) -> float:
+        remaining = context.time_remaining()
+        if remaining is None:
+            return self._service.config.request_timeout_s
+        return min(float(remaining), MAX_DEADLINE_S)
+
+    def generic(self) -> grpc.GenericRpcHandler:
+        return grpc.method_handlers_generic_handler(
+            SERVICE,
+            {
+                "Generate": grpc.unary_stream_rpc_method_handler(
+                    self.generate, response_serializer=_serialize
+                ),
+                "Tokenize": grpc.unary_unary_rpc_method_handler(
+                    self.tokenize, response_serializer=_serialize
+                ),
+                "GetModel": grpc.unary_unary_rpc_method_handler(
+                    self.get_model, response_serializer=_serialize
+                ),
+            },
+        )
+
+
+class GrpcFront:
+    """A listening server; ``address`` is host:port as it was bound."""
+
+    def __init__(
+        self, server: grpc.aio.Server, servicer: health.aio.HealthServicer, address: str
+    ) -> None:
+        self._server = server
+        self._health = servicer
+        self.address = address
+
+    async def set_serving(self, serving: bool) -> None:
+        """What the health service answers for the Inference service."""
+        states = health_pb2.HealthCheckResponse
+        await self._health.set(SERVICE, states.SERVING if serving else states.NOT_SERVING)
+
+    async def close(self, grace_s: float) -> None:
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_s)
+
+
+async def start_grpc(service: Service, keys: KeyRing, tls: Tls | None) -> GrpcFront:
+    """Raises ConfigError if the address cannot be bound."""
+    config = service.config
+    server = grpc.aio.server(
+        interceptors=(ErrorsToStatus(),),
+        options=[
+            ("grpc.max_receive_message_length", config.max_body_bytes),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.so_reuseport", 0),
+            # Clients may ping idle connections; proxies between us drop silent ones.
+            ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+            ("grpc.http2.max_ping_strikes", 0),
+            ("grpc.keepalive_time_ms", 30_000),
+            ("grpc.keepalive_timeout_ms", 10_000),
+        ],
+    )
+    server.add_generic_rpc_handlers((InferenceHandlers(service, keys).generic(),))
+    servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    reflection.enable_server_reflection(
+        (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+    )
+    address = f"{config.host}:{config.grpc_port}"
+    port = bind(server, address) if tls is None else _bind_secure(server, address, tls)
+    await server.start()
+    return GrpcFront(server, servicer, f"{config.host}:{port}")
+
+
+def _bind_secure(server: grpc.aio.Server, address: str, tls: Tls) -> int:
+    try:
+        port = int(server.add_secure_port(address, tls.grpc))
+    except RuntimeError as error:
+        raise ConfigError(f"cannot listen on {address}: in use, or not ours to bind") from error
+    if port == 0:
+        raise ConfigError(f"cannot listen on {address}: in use, or not ours to bind")
+    return port
