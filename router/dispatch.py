@@ -13,7 +13,6 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
 
 from cache_tiers.keys import KeyMaker
 from pdserve.config import Config
@@ -23,8 +22,6 @@ from pdserve.errors import (
     Draining,
     NoWorker,
     PdserveError,
-    ProtocolError,
-    from_wire,
 )
 from pdserve.rpc import convert
 from pdserve.rpc.deadlines import remaining_ms
@@ -34,24 +31,16 @@ from router.api import Delta, Job, WorkerView
 from router.attempt import Attempt
 from router.book import RequestBook
 from router.counters import Counters
-from router.inbox import POKE, AttemptLost, Ended, Item, Poke
+from router.inbox import POKE, Ended, Poke
 from router.kv_view import KvView
 from router.links import Links
 from router.placement import Ask, Placement, Rules, hope, place
 from router.recovery import Failure, GiveUp, History, Limits, decide
 from router.registry import Registry
+from router.relay import relay
 from router.request_log import Accepted, RequestLog
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class _Taken:
-    """What one visit to the inbox came to."""
-
-    delta: Delta | None = None
-    finish: FinishReason | None = None
-    failure: Failure | None = None
 
 
 class RequestDispatcher:
@@ -149,14 +138,17 @@ class RequestDispatcher:
                     return
                 placement = await self._placed(request, history, force_pair)
                 self._begin(request, placement, history)
-                taken = _Taken()
-                while taken.failure is None:
-                    taken = self._absorb(request, await request.inbox.take())
-                    if taken.delta is not None:
-                        yield taken.delta
-                    if taken.finish is not None:
+                failure: Failure | None = None
+                while failure is None:
+                    items = await request.inbox.take()
+                    relayed = relay(request, items, self.counters)
+                    if relayed.finish is not None:
+                        yield self._finish(request, relayed.accepted, relayed.finish)
                         return
-                history = await self._recover(request, history, taken.failure)
+                    if relayed.accepted:
+                        yield request.delta(relayed.accepted, None)
+                    failure = relayed.failure
+                history = await self._recover(request, history, failure)
         except PdserveError as error:
             if request.running:
                 request.fail()
@@ -291,81 +283,6 @@ class RequestDispatcher:
         if attempt is not None:
             attempt.end()
             self._links.cancel_attempt(attempt.placement.decode.facts, attempt.id)
-
-    def _absorb(self, request: RequestLog, items: Sequence[Item]) -> _Taken:
-        """Applies what came, in order, up to the attempt's end. Raises what ends the request."""
-        attempt = request.attempt
-        assert attempt is not None
-        accepted: list[Accepted] = []
-        failure: Failure | None = None
-        for item in items:
-            if isinstance(item, worker_pb2.AttemptEvent):
-                if item.attempt_id != attempt.id:
-                    self.counters.late_events += 1
-                    continue
-                part, failure = self._accept(request, attempt, item)
-                if part is not None:
-                    accepted.append(part)
-                    if part.finish is not None:
-                        return _Taken(self._finish(request, accepted, part.finish), part.finish)
-            elif isinstance(item, Ended):
-                raise item.error
-            elif isinstance(item, AttemptLost) and item.attempt == attempt.id:
-                failure = self._failure(request, attempt, item.error, retryable=True)
-            if failure is not None:
-                break
-        if not accepted:
-            return _Taken(failure=failure)
-        return _Taken(request.delta(accepted, None), failure=failure)
-
-    def _accept(
-        self, request: RequestLog, attempt: Attempt, event: worker_pb2.AttemptEvent
-    ) -> tuple[Accepted | None, Failure | None]:
-        """One event of the running attempt: what it adds, or how the attempt failed."""
-        if event.HasField("failure"):
-            return None, self._failed(request, attempt, event.failure)
-        try:
-            part = request.accept(event)
-        except ProtocolError as error:
-            # Whatever this worker says next is not to be trusted either: another one continues.
-            self.counters.protocol_errors += 1
-            worker = attempt.placement.decode.facts.id
-            log.error("request %s: worker %s: %s", request.job.request_id, worker, error)
-            return None, self._failure(request, attempt, error, retryable=True)
-        if part.tokens:
-            attempt.first_token()
-        if part.tokens or part.finish is not None or part.prompt_logprobs:
-            return part, None
-        return None, None
-
-    def _failed(
-        self, request: RequestLog, attempt: Attempt, said: worker_pb2.AttemptFailure
-    ) -> Failure:
-        retry_after = said.retry_after_ms / 1000 if said.retry_after_ms else None
-        error = from_wire(said.code, said.message, retry_after)
-        prefill = attempt.placement.prefill
-        blamed = prefill is not None and said.suspect_worker == prefill.facts.id
-        return self._failure(request, attempt, error, retryable=said.retryable, prefill=blamed)
-
-    def _failure(
-        self,
-        request: RequestLog,
-        attempt: Attempt,
-        error: PdserveError,
-        *,
-        retryable: bool,
-        prefill: bool = False,
-    ) -> Failure:
-        placement = attempt.placement
-        peer = placement.prefill.facts.incarnation if prefill and placement.prefill else None
-        return Failure(
-            error=error,
-            retryable=retryable,
-            decode=placement.decode.facts.incarnation,
-            prefill=peer,
-            progressed=len(request.generated) > attempt.started_at,
-            streaming=bool(request.generated),
-        )
 
     async def _recover(self, request: RequestLog, history: History, failure: Failure) -> History:
         """Decides between another attempt and the end; raises for the latter."""

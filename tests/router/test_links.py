@@ -1,0 +1,89 @@
+"""Connections follow the registry: sessions open, are kept alive, fenced, and opened again."""
+
+from __future__ import annotations
+
+import asyncio
+
+from router_harness import cluster, collect, core, drive, tokens, until
+from scripted_worker import Break, ScriptedWorker, Write, answer, job
+
+from pdserve.types import Role, WorkerState
+
+PROMPT = (1, 2, 3, 4, 5)
+
+
+def test_an_idle_session_says_that_the_router_lives() -> None:
+    async def story() -> None:
+        worker = ScriptedWorker("d0")
+        async with cluster(worker):
+            await until(lambda: worker.keep_alives >= 3)
+
+    drive(story)
+
+
+def test_a_session_that_broke_is_opened_again() -> None:
+    async def story() -> None:
+        worker = ScriptedWorker("d0", scripts=[[Write(2), Break()]])
+        async with cluster(worker) as made:
+            # Nobody else is there: suspect until the next heartbeat, then the same worker goes on.
+            deltas = await collect(made, job(prompt=PROMPT))
+            assert tokens(deltas) == answer(PROMPT, 8)
+            assert deltas[-1].usage.resumes == 1
+
+    drive(story)
+
+
+def test_a_worker_that_is_not_there_yet_is_found_when_it_comes() -> None:
+    async def story() -> None:
+        worker = ScriptedWorker("d0")
+        facts = await worker.start()
+        await worker.kill()
+        async with core() as made:
+            made.registry.set_workers([facts])
+            await until(lambda: made.registry.state(facts) is WorkerState.SUSPECT)
+            back = ScriptedWorker("d0")
+            await back.start(worker.port)
+            back.facts = facts
+            await until(lambda: made.registry.state(facts) is WorkerState.READY)
+            assert tokens(await collect(made, job(prompt=PROMPT))) == answer(PROMPT, 8)
+            await back.kill()
+
+    drive(story)
+
+
+def test_another_process_at_the_address_is_not_taken_for_the_worker() -> None:
+    async def story() -> None:
+        worker = ScriptedWorker("d0")
+        async with cluster(worker) as made:
+            await worker.kill()
+            impostor = ScriptedWorker("d0")
+            await impostor.start(worker.port)
+            await until(lambda: made.registry.state(worker.facts) is WorkerState.SUSPECT)
+            await asyncio.sleep(0.3)
+            assert made.registry.state(worker.facts) is WorkerState.SUSPECT
+            await made.join(impostor)
+            assert tokens(await collect(made, job(prompt=PROMPT))) == answer(PROMPT, 8)
+            await impostor.kill()
+
+    drive(story)
+
+
+def test_prefill_workers_are_watched_without_a_session() -> None:
+    async def story() -> None:
+        worker = ScriptedWorker("p0", Role.PREFILL)
+        async with cluster(worker):
+            await asyncio.sleep(0.2)
+            assert worker.keep_alives == 0
+
+    drive(story)
+
+
+def test_closing_leaves_no_task() -> None:
+    async def story() -> None:
+        worker = ScriptedWorker("d0")
+        async with cluster(worker):
+            await asyncio.sleep(0.1)
+        names = {task.get_name() for task in asyncio.all_tasks()}
+        assert not [name for name in names if name.startswith(("session-", "watch-"))]
+
+    drive(story)
