@@ -99,41 +99,102 @@ inline float exp_negative(float x) {
 }
 inline double exp_negative(double x) { return std::exp(x); }
 
-constexpr int64_t TILE = 64;  // positions handled together
+constexpr int64_t TILE = 64;  // positions that are folded into the running sums together
 
-template <class T, class A>
+template <class A>
 struct Scratch {
-  std::vector<A> query, sums, tile, scores, peak, total;
+  std::vector<A> query, sums, scores, peak, total;
   void fit(int64_t group, int64_t key_size, int64_t value_size) {
     query.resize(group * key_size);
     sums.resize(group * value_size);
-    tile.resize(TILE * std::max(key_size, value_size));
     scores.resize(group * TILE);
     peak.resize(group);
     total.resize(group);
   }
 };
 
-template <class T, class A>
-inline void widen(const T* from, int64_t stride, int64_t rows, int64_t size, A* to) {
-  for (int64_t t = 0; t < rows; ++t) {
-    const T* row = from + t * stride;
-    A* wide = to + t * size;
-    for (int64_t d = 0; d < size; ++d) wide[d] = load(row[d]);
+// 64 bytes of sums, written as one value; the compiler splits it where registers are narrower.
+template <class A>
+struct Wide;
+template <>
+struct Wide<float> {
+  typedef float type __attribute__((vector_size(64)));
+  static constexpr int64_t lanes = 16;
+};
+template <>
+struct Wide<double> {
+  typedef double type __attribute__((vector_size(64)));
+  static constexpr int64_t lanes = 8;
+};
+
+inline Wide<float>::type load_wide(const float* from) {
+  Wide<float>::type out;
+  std::memcpy(&out, from, 64);
+  return out;
+}
+inline Wide<double>::type load_wide(const double* from) {
+  Wide<double>::type out;
+  std::memcpy(&out, from, 64);
+  return out;
+}
+inline Wide<float>::type load_wide(const Bf16* from) {
+  typedef uint16_t Half __attribute__((vector_size(32)));
+  typedef uint32_t Full __attribute__((vector_size(64)));
+  Half half;
+  std::memcpy(&half, from, 32);
+  return (Wide<float>::type)(__builtin_convertvector(half, Full) << 16);
+}
+
+inline float sum_lanes(Wide<float>::type x) {
+  typedef float V8 __attribute__((vector_size(32)));
+  typedef float V4 __attribute__((vector_size(16)));
+  V8 a, b;
+  std::memcpy(&a, &x, 32);
+  std::memcpy(&b, reinterpret_cast<const char*>(&x) + 32, 32);
+  a += b;
+  V4 c, d;
+  std::memcpy(&c, &a, 16);
+  std::memcpy(&d, reinterpret_cast<const char*>(&a) + 16, 16);
+  c += d;
+  return (c[0] + c[2]) + (c[1] + c[3]);
+}
+inline double sum_lanes(Wide<double>::type x) {
+  typedef double V4 __attribute__((vector_size(32)));
+  V4 a, b;
+  std::memcpy(&a, &x, 32);
+  std::memcpy(&b, reinterpret_cast<const char*>(&x) + 32, 32);
+  a += b;
+  return (a[0] + a[2]) + (a[1] + a[3]);
+}
+
+// Scores of one key row under ``group`` query heads; scores[g * TILE].
+template <class T, class A, int64_t FIXED>
+inline void score_row(const T* __restrict key, const A* __restrict query, int64_t group,
+                      int64_t size, A* __restrict scores) {
+  if constexpr (FIXED > 0) {
+    constexpr int64_t lanes = Wide<A>::lanes, parts = FIXED / lanes;
+    typename Wide<A>::type row[parts];
+    for (int64_t i = 0; i < parts; ++i) row[i] = load_wide(key + i * lanes);
+    for (int64_t g = 0; g < group; ++g) {
+      const A* head = query + g * FIXED;
+      typename Wide<A>::type sum = row[0] * load_wide(head);
+      for (int64_t i = 1; i < parts; ++i) sum += row[i] * load_wide(head + i * lanes);
+      scores[g * TILE] = sum_lanes(sum);
+    }
+  } else {
+    for (int64_t g = 0; g < group; ++g) {
+      A sum = 0;
+      for (int64_t d = 0; d < size; ++d) sum += load(key[d]) * query[g * size + d];
+      scores[g * TILE] = sum;
+    }
   }
 }
 
+// Folds one tile of scores into a query head's running maximum and total, and shrinks its weighted
+// sum to the new maximum. On return ``scores`` holds the weights of the tile's values.
 template <class A>
-inline A dot(const A* a, const A* b, int64_t size) {
-  A sum = 0;
-  for (int64_t d = 0; d < size; ++d) sum += a[d] * b[d];
-  return sum;
-}
-
-// Folds one tile of scores into a query head's running maximum, total and weighted sum. On return
-// ``scores`` holds the weights of the tile's values.
-template <class A>
-inline void fold(A* scores, int64_t rows, A softcap, A& peak, A& total, A* sums, int64_t size) {
+inline void fold(A* __restrict scores, int64_t rows, A softcap, A& peak, A& total,
+                 A* __restrict sums, int64_t size) {
   if (softcap > 0) {
     for (int64_t t = 0; t < rows; ++t) scores[t] = softcap * std::tanh(scores[t] / softcap);
   }
@@ -150,17 +211,63 @@ inline void fold(A* scores, int64_t rows, A softcap, A& peak, A& total, A* sums,
   for (int64_t d = 0; d < size; ++d) sums[d] *= shrink;
 }
 
+// Blocks lie far apart, so that the processor's own prefetching starts anew in each of them.
+inline void prefetch(const void* from, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) {
+    __builtin_prefetch(static_cast<const char*>(from) + at);
+  }
+}
+
+// Where the keys (or values) of the positions from ``at`` on lie, up to the end of their block.
+template <class T>
+struct Piece {
+  const T* first;
+  int64_t rows;
+};
+
+template <class T>
+inline Piece<T> piece(const Layer& layer, const int32_t* table, int64_t at, int64_t end,
+                      int64_t part_offset, int64_t head, int64_t size) {
+  const int64_t offset = at % layer.block_size;
+  const T* block =
+      static_cast<const T*>(layer.pool) + table[at / layer.block_size] * layer.block_stride;
+  return {block + part_offset + (offset * layer.heads + head) * size,
+          std::min(layer.block_size - offset, end - at)};
+}
+
+// Adds the weighted values of a piece to one query head's sums. The sums of a fixed size stay in
+// registers for the whole piece.
+template <class T, class A, int64_t FIXED>
+inline void add_values(const T* __restrict values, int64_t stride, int64_t rows,
+                       const A* __restrict weights, A* __restrict sums, int64_t size) {
+  if constexpr (FIXED > 0) {
+    constexpr int64_t lanes = Wide<A>::lanes, parts = FIXED / lanes;
+    typename Wide<A>::type part[parts];
+    for (int64_t i = 0; i < parts; ++i) part[i] = load_wide(sums + i * lanes);
+    for (int64_t t = 0; t < rows; ++t) {
+      const T* value = values + t * stride;
+      for (int64_t i = 0; i < parts; ++i) part[i] += weights[t] * load_wide(value + i * lanes);
+    }
+    std::memcpy(sums, part, sizeof(part));
+  } else {
+    for (int64_t t = 0; t < rows; ++t) {
+      const T* __restrict value = values + t * stride;
+      for (int64_t d = 0; d < size; ++d) sums[d] += weights[t] * load(value[d]);
+    }
+  }
+}
+
 // FIXED: the head size when it is known at compile time and equal for keys and values, else 0.
 template <class T, class A, int64_t FIXED>
 void attend(const Layer& layer, const Step& step, const Call& call, int64_t item, int64_t head,
-            Scratch<T, A>& s) {
+            Scratch<A>& s) {
   const int64_t ks = FIXED ? FIXED : layer.key_size;
   const int64_t vs = FIXED ? FIXED : layer.value_size;
+  const bool equal = ks == vs;
   const int64_t group = call.query_heads / layer.heads;
   const int64_t token = step.item_tokens[item];
   const int64_t context = step.item_contexts[item];
   const int32_t* table = step.tables + step.item_rows[item] * step.table_stride;
-  const T* pool = static_cast<const T*>(layer.pool);
   const T* query = static_cast<const T*>(call.query) + token * call.query_token;
   for (int64_t g = 0; g < group; ++g) {
     const T* row = query + (head * group + g) * call.query_head;
@@ -170,28 +277,37 @@ void attend(const Layer& layer, const Step& step, const Call& call, int64_t item
   }
   std::fill(s.sums.begin(), s.sums.begin() + group * vs, A(0));
   const int64_t first = call.window > 0 && context > call.window ? context - call.window : 0;
-  for (int64_t at = first; at < context;) {
-    const int64_t offset = at % layer.block_size;
-    const int64_t rows = std::min({layer.block_size - offset, context - at, TILE});
-    const T* block = pool + table[at / layer.block_size] * layer.block_stride;
-    const T* keys = block + layer.key_offset + (offset * layer.heads + head) * ks;
-    const T* values = block + layer.value_offset + (offset * layer.heads + head) * vs;
-    widen<T, A>(keys, layer.heads * ks, rows, ks, s.tile.data());
-    for (int64_t g = 0; g < group; ++g) {
-      A* scores = &s.scores[g * TILE];
-      for (int64_t t = 0; t < rows; ++t) scores[t] = dot<A>(&s.query[g * ks], &s.tile[t * ks], ks);
-      fold<A>(scores, rows, A(call.softcap), s.peak[g], s.total[g], &s.sums[g * vs], vs);
-    }
-    widen<T, A>(values, layer.heads * vs, rows, vs, s.tile.data());
-    for (int64_t g = 0; g < group; ++g) {
-      A* sums = &s.sums[g * vs];
-      for (int64_t t = 0; t < rows; ++t) {
-        const A weight = s.scores[g * TILE + t];
-        const A* value = &s.tile[t * vs];
-        for (int64_t d = 0; d < vs; ++d) sums[d] += weight * value[d];
+  for (int64_t tile = first; tile < context; tile += TILE) {
+    const int64_t end = std::min(tile + TILE, context);
+    for (int64_t at = tile; at < end;) {
+      auto keys = piece<T>(layer, table, at, end, layer.key_offset, head, ks);
+      // Values lie behind the keys of the same block; they are wanted next.
+      const T* values = keys.first - layer.key_offset + layer.value_offset;
+      for (int64_t t = 0; t < keys.rows; ++t) {
+        if (equal) prefetch(values + t * layer.heads * ks, vs * sizeof(T));
+        score_row<T, A, FIXED>(keys.first + t * layer.heads * ks, s.query.data(), group, ks,
+                               &s.scores[at - tile + t]);
       }
+      at += keys.rows;
     }
-    at += rows;
+    for (int64_t g = 0; g < group; ++g) {
+      fold<A>(&s.scores[g * TILE], end - tile, A(call.softcap), s.peak[g], s.total[g],
+              &s.sums[g * vs], vs);
+    }
+    for (int64_t at = tile; at < end;) {
+      auto values = piece<T>(layer, table, at, end, layer.value_offset, head, vs);
+      if (at + TILE < context) {
+        auto next = piece<T>(layer, table, at + TILE, context, layer.key_offset, head, ks);
+        for (int64_t t = 0; t < next.rows; ++t) {
+          prefetch(next.first + t * layer.heads * ks, ks * sizeof(T));
+        }
+      }
+      for (int64_t g = 0; g < group; ++g) {
+        add_values<T, A, FIXED>(values.first, layer.heads * vs, values.rows,
+                                &s.scores[g * TILE + at - tile], &s.sums[g * vs], vs);
+      }
+      at += values.rows;
+    }
   }
   T* out = static_cast<T*>(call.out) + (token * call.query_heads + head * group) * vs;
   for (int64_t g = 0; g < group; ++g) {
@@ -227,7 +343,7 @@ void attend_all(const Layer& layer, const Step& step, const Call& call) {
   const int64_t group = call.query_heads / layer.heads;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    Scratch<T, A> scratch;
+    Scratch<A> scratch;
     scratch.fit(group, layer.key_size, layer.value_size);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t pair = 0; pair < pairs; ++pair) {
