@@ -41,9 +41,14 @@ class RequestBook:
         self._empty.clear()
         return running
 
-    def close(self, request: RequestLog) -> None:
+    def release(self, request: RequestLog) -> None:
+        """Its id and its place are free again, though its generator has not ended yet."""
         if self._by_id.get(request.job.request_id) is request:
             del self._by_id[request.job.request_id]
+
+    def close(self, request: RequestLog) -> None:
+        """Its generator has ended. Idempotent."""
+        self.release(request)
         self._open.discard(request)
         if not self._open:
             self._empty.set()

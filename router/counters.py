@@ -1,7 +1,12 @@
-"""What the router counts about itself since it started; read by the metrics front."""
+"""What the router counts about its dealings with workers since it started.
+
+How requests ended is counted by whoever answers clients; this is what no client ever sees.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -9,13 +14,12 @@ from dataclasses import dataclass
 class Counters:
     """Owned by the dispatcher and its sessions. Event loop only."""
 
-    requests: int = 0
-    finished: int = 0
-    failed: int = 0
-    cancelled: int = 0
     attempts: int = 0
-    resumes: int = 0
+    attempts_failed: int = 0
+    takeovers: int = 0  # resumes that fenced a running request
     late_events: int = 0  # of fenced attempts or former incarnations: dropped
     protocol_errors: int = 0  # gaps, repeats and other things that no worker should send
-    handoffs: int = 0
-    handoffs_skipped: int = 0
+
+    def read(self) -> Mapping[str, int]:
+        """By name; for the metrics front."""
+        return dataclasses.asdict(self)

@@ -152,21 +152,18 @@ class RequestDispatcher:
         except PdserveError as error:
             if request.running:
                 request.fail()
-                self.counters.failed += 1
                 log.info("request %s failed: %s: %s", job.request_id, error.code, error)
             raise
         finally:
             timer.cancel()
-            if request.running:
-                self.counters.cancelled += 1
             self._drop_attempt(request)
             self._book.close(request)
 
     def _admit(self, job: Job) -> RequestLog:
         request = RequestLog(job)
         fenced = self._book.open(request)
-        self.counters.requests += 1
         if fenced is not None:
+            self.counters.takeovers += 1
             # At once: its consumer may be waiting on a connection that is no more.
             fenced.inbox.put(Ended(Cancelled("the request was taken over by a resume")))
             self._drop_attempt(fenced)
@@ -241,7 +238,6 @@ class RequestDispatcher:
         attempt = Attempt(self._registry, placement, len(request.generated))
         request.begin(attempt)
         self.counters.attempts += 1
-        self.counters.resumes += request.attempts > 1
         message = self._start_message(request, attempt)
         skip = "" if placement.skip is None else placement.skip.value
         log.debug(
@@ -267,13 +263,11 @@ class RequestDispatcher:
             strict=self._rules.strict,
         )
         if placement.prefill is not None:
-            self.counters.handoffs += 1
             peer = placement.prefill.facts
             message.prefill.worker_id = peer.id
             message.prefill.address = peer.address
             message.prefill.incarnation = peer.incarnation
         elif placement.skip is not None:
-            self.counters.handoffs_skipped += 1
             message.skip_reason = placement.skip.value
         return message
 
@@ -286,6 +280,7 @@ class RequestDispatcher:
 
     async def _recover(self, request: RequestLog, history: History, failure: Failure) -> History:
         """Decides between another attempt and the end; raises for the latter."""
+        self.counters.attempts_failed += 1
         self._drop_attempt(request)
         request.lose()
         decision = decide(history, failure, self._limits)
@@ -306,7 +301,9 @@ class RequestDispatcher:
         self, request: RequestLog, accepted: Sequence[Accepted], finish: FinishReason
     ) -> Delta:
         request.finish()
-        self.counters.finished += 1
+        self._drop_attempt(request)
+        # Before the client hears of the end: it may use the id again at once.
+        self._book.release(request)
         self._note_cached(request)
         return request.delta(accepted, finish)
 

@@ -62,6 +62,9 @@ class RouterServer:
         self._internal: grpc.aio.Server | None = None
         self._fronts: Fronts | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._selftest: asyncio.Task[None] | None = None
+        # Resolved, with its error, when a part that runs for the router's whole life broke.
+        self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def start(self) -> Addresses:
         """Listens everywhere. ConfigError names the address that is taken."""
@@ -73,10 +76,13 @@ class RouterServer:
         await self._internal.start()
         self._fronts = await start_fronts(self._boot, self.dispatcher)
         selftest = SelfTest(self.dispatcher, self._registry, self._boot.config)
+        self._selftest = asyncio.create_task(selftest.run(), name="self-test")
         self._tasks = [
+            self._selftest,
             asyncio.create_task(self._tick(), name="registry-tick"),
-            asyncio.create_task(selftest.run(), name="self-test"),
         ]
+        for task in self._tasks:
+            task.add_done_callback(self._task_ended)
         host = self._boot.internal_address.rpartition(":")[0]
         addresses = Addresses(
             self._fronts.http_address, self._fronts.grpc_address, f"{host}:{port}"
@@ -87,6 +93,8 @@ class RouterServer:
     async def stop(self, drain_s: float) -> None:
         """Refuses new requests, waits for the running ones, closes everything."""
         self.dispatcher.stop_accepting()
+        if self._selftest is not None:
+            self._selftest.cancel()  # nobody waits for its answer
         if not await self.dispatcher.drained(drain_s):
             log.warning("some requests did not end within the drain")
         if self._fronts is not None:
@@ -99,6 +107,10 @@ class RouterServer:
         if self._internal is not None:
             await self._internal.stop(0)
 
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) and not self.broken.done():
+            self.broken.set_exception(error)
+
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(self._boot.config.timers.heartbeat_s)
@@ -106,7 +118,10 @@ class RouterServer:
 
 
 async def serve(boot: RouterBoot, announce: Callable[[Addresses], None]) -> None:
-    """Serves until SIGTERM or SIGINT; a second signal cuts the drain short."""
+    """Serves until SIGTERM or SIGINT; a second signal cuts the drain short.
+
+    Raises what broke a part of the router that nothing works without.
+    """
     server = RouterServer(boot)
     first, second = asyncio.Event(), asyncio.Event()
 
@@ -118,7 +133,11 @@ async def serve(boot: RouterBoot, announce: Callable[[Addresses], None]) -> None
         loop.add_signal_handler(number, on_signal)
     try:
         announce(await server.start())
-        await first.wait()
+        asked = asyncio.create_task(first.wait())
+        await asyncio.wait((asked, server.broken), return_when=asyncio.FIRST_COMPLETED)
+        asked.cancel()
+        if server.broken.done():
+            server.broken.result()  # raises: a router without its timers must not go on
         log.info("draining for at most %g s", boot.config.timers.drain_s)
     finally:
         stopping = asyncio.create_task(server.stop(boot.config.timers.drain_s))

@@ -341,6 +341,17 @@ def test_duplicates_are_refused_and_resumes_take_over() -> None:
     drive(story)
 
 
+def test_an_id_is_free_with_the_last_delta() -> None:
+    async def story() -> None:
+        async with cluster(ScriptedWorker("d0")) as made:
+            stream = made.dispatcher.generate(job(prompt=PROMPT, tokens=1))
+            assert (await anext(stream)).finish is not None
+            assert tokens(await collect(made, job(prompt=PROMPT))) == answer(PROMPT, 8)
+            await stream.aclose()
+
+    drive(story)
+
+
 def test_too_many_requests_are_told_when_to_come_back() -> None:
     async def story() -> None:
         worker = ScriptedWorker("d0", scripts=[[Write(1), Hang()]] * 2)

@@ -25,6 +25,8 @@ from pdserve.rpc.channels import from_rpc_error, make_channel
 from pdserve.v1 import inference_pb2, inference_pb2_grpc, worker_pb2, worker_pb2_grpc
 from router.boot import RouterBoot
 from router.boot_file import read_boot, write_boot
+from router.registry import Registry
+from router.server import serve
 
 
 @pytest.fixture
@@ -185,6 +187,41 @@ def test_a_whole_life(boot: RouterBoot, tmp_path: Path) -> None:
         drive(lambda: story(router))
     finally:
         router.end()
+
+
+def test_a_second_signal_cuts_the_drain_short(boot: RouterBoot, tmp_path: Path) -> None:
+    async def story(router: RouterProcess) -> None:
+        addresses = await router.addresses()
+        worker = ScriptedWorker("d0", token_delay_s=3)
+        await worker.start()
+        await set_workers(addresses["internal"], TOKEN, worker)
+        await until(lambda: len(worker.starts) == 1)  # the router's own test
+        running = asyncio.create_task(generate(addresses["grpc"], [5, 6, 7], 9))
+        await until(lambda: len(worker.starts) == 2)
+        router.process.send_signal(signal.SIGTERM)
+        await asyncio.sleep(0.3)
+        assert router.process.poll() is None, "it drains"
+        router.process.send_signal(signal.SIGINT)
+        async with asyncio.timeout(2):
+            assert await router.exit_status() == 0
+        with pytest.raises(grpc.aio.AioRpcError):
+            await running
+        await worker.kill()
+
+    router = RouterProcess(boot, tmp_path)
+    try:
+        drive(lambda: story(router))
+    finally:
+        router.end()
+
+
+def test_a_part_that_breaks_ends_the_router(boot: RouterBoot, monkeypatch) -> None:
+    def break_down(_self: Registry) -> None:
+        raise RuntimeError("no clock")
+
+    monkeypatch.setattr(Registry, "tick", break_down)
+    with pytest.raises(RuntimeError, match="no clock"):
+        drive(lambda: serve(boot, lambda _addresses: None))
 
 
 def test_an_address_in_use_is_one_line_and_status_2(boot: RouterBoot, tmp_path: Path) -> None:
