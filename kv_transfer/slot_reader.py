@@ -209,13 +209,13 @@ class SlotReader:
             return error_of(status.code, status.position)
         if piece.start == 0:
             read.first_byte = time.monotonic()
-        link.start_receive(slot)
+        rows = slot[: len(offers)]
+        link.start_receive(rows)
         wait_for_slot(link, self._channel, deadline)
         read.last_byte = time.monotonic()
         status = self._receive_status(sequence, deadline)
         if status.code is not Code.OK:
             return error_of(status.code, status.position)
-        rows = slot[: len(offers)]
         with link.stream():
             sums = self._checksum.of_rows(rows)
         for offer, value in zip(offers, sums, strict=True):

@@ -1,4 +1,4 @@
-"""Two-sided transfer: fixed-size slots over a link of two ranks, in one order on both ends.
+"""Two-sided transfer: packed slots over a link of two ranks, in one order on both ends.
 
     reader's owner thread                     server's connection thread (the link's owner there)
     ---------------------                     ---------------------------------------------------
@@ -14,6 +14,7 @@
 
     IDLE -> ASKED -> RUNNING -> IDLE          LOST from any of them
 
+A slot is a buffer of fixed size on each end; the part of it that the request fills moves.
 A slot that both ends accepted always runs: it is received into a buffer of the link's own, so a
 read whose deadline has passed leaves it running, and only its scatter is dropped. The link is
 aborted when the peer is lost, never for the sake of one read.
@@ -162,7 +163,7 @@ class SlotSender:
         with link.stream():
             index = index_of(request.blocks, self._pool)
             torch.index_select(self._pool.blocks, 0, index, out=slot[:count])
-        link.start_send(slot)
+        link.start_send(slot[:count])
         wait_for_slot(link, self._channel, time.monotonic() + PATIENCE_SECONDS)
         code, position = self._judge(self._pool, request.blocks, request.generations)
         self._status(request.sequence, code, position)

@@ -11,10 +11,12 @@ import multiprocessing
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import kv_links
@@ -111,16 +113,15 @@ class _Server:
     def bare_sender(self, total: int, chunk: int) -> int:
         """A socket loop with nothing around it, to measure against; returns its port."""
         listener = socket.create_server(("127.0.0.1", 0))
-        data = memoryview(bytearray(chunk))
+        data = memoryview(bytearray(os.urandom(chunk)) * (total // chunk))
 
         def send() -> None:
-            sock, _ = listener.accept()
-            with sock, listener:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * 2**20)
-                for _ in range(total // chunk):
-                    sock.sendall(data)
-
-        import threading
+            while True:
+                sock, _ = listener.accept()
+                with sock:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * 2**20)
+                    for start in range(0, total, chunk):
+                        sock.sendall(data[start : start + chunk])
 
         threading.Thread(target=send, daemon=True).start()
         port: int = listener.getsockname()[1]
@@ -169,7 +170,13 @@ class Peer:
         return content(self.setup.seed, block, self.setup.span_bytes)
 
     def stop(self) -> None:
+        """Returns when every thread stands still; the signal alone takes a moment."""
         os.kill(self.pid, signal.SIGSTOP)
+        assert eventually(lambda: set(self._thread_states()) == {"T"})
+
+    def _thread_states(self) -> list[str]:
+        tasks = Path(f"/proc/{self.pid}/task").glob("*/stat")
+        return [task.read_text().rpartition(")")[2].split()[0] for task in tasks]
 
     def wake(self) -> None:
         os.kill(self.pid, signal.SIGCONT)
