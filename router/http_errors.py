@@ -30,11 +30,16 @@ _HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
 def error_object(error: PdserveError) -> dict[str, Any]:
     """What OpenAI's clients expect under ``error``, in a body or in a stream."""
     return {
-        "message": str(error),
+        "message": _encodable(str(error)),
         "type": error.openai_type,
-        "param": error.param,
+        "param": None if error.param is None else _encodable(error.param),
         "code": error.code,
     }
+
+
+def _encodable(text: str) -> str:
+    """Names of fields come from clients; JSON can spell what UTF-8 cannot."""
+    return text.encode(errors="replace").decode()
 
 
 def json_response(value: Any, *, status: int = 200) -> web.Response:
