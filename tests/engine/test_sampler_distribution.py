@@ -6,6 +6,7 @@ The kept sets and probabilities are those of transformers' own processors in the
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -17,7 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from pdserve.engine.draw import cut_weights
+from pdserve.engine.draw import cut_weights, draw
 from pdserve.engine.sampler import TokenSampler
 from pdserve.types import Sampling
 
@@ -159,3 +160,11 @@ def test_frequency_and_presence_count_generated_tokens_alone() -> None:
     row = torch.ones(6, dtype=torch.float64)
     state.adjust(row)
     assert row.tolist() == [1, 1 - 0.75, 1 - 1.75, 1, 1 - 0.75, 1]
+
+
+def test_the_smallest_and_the_largest_number_draw_a_token_that_was_kept() -> None:
+    """The first and the last ids are excluded; rounding must not let either through."""
+    sampling = Sampling(max_tokens=1, top_k=3)
+    row = torch.tensor([-9.0, 2, 1.5, -9, 1, -9], dtype=torch.float64)
+    numbers = np.array([0.0, 1 - 2.0**-53])
+    assert draw(row.expand(2, -1).clone(), [sampling] * 2, numbers).tolist() == [1, 4]
