@@ -1,4 +1,4 @@
-"""The oracle: what one process running the model alone writes, by transformers' own ``generate``."""
+"""The oracle: what one process running the model alone writes (transformers' ``generate``)."""
 
 from __future__ import annotations
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import grpc
 import pytest
@@ -32,12 +34,10 @@ def test_seeded_sampling_ignores_batch_chunks_and_transport(clusters: Clusters) 
         Variant("llama", "tcp", "roomy", chunk=24),
         Variant("llama", "tcp", "tight"),
     ):
-        caller = clusters.get(variant).caller
-        alone = [caller.ask(p, 24, seed=11, **SAMPLED).tokens for p in prompts]
+        ask = partial(clusters.get(variant).caller.ask, max_tokens=24, seed=11, **SAMPLED)
+        alone = [ask(prompt).tokens for prompt in prompts]
         with ThreadPoolExecutor(8) as pool:
-            together = list(
-                pool.map(lambda p: caller.ask(p, 24, seed=11, **SAMPLED).tokens, prompts)
-            )
+            together = [answer.tokens for answer in pool.map(ask, prompts)]
         assert together == alone
         streams.append(alone)
     assert streams[0] == streams[1] == streams[2]
@@ -96,7 +96,7 @@ def test_chunks_move_while_the_next_one_is_computed(clusters: Clusters) -> None:
     chunks = list(answer.usage.chunks)
     assert len(chunks) >= 4
     assert all(chunk.first_byte > 0 for chunk in chunks)
-    for chunk, following in zip(chunks, chunks[1:], strict=False):
+    for chunk, following in itertools.pairwise(chunks):
         assert chunk.compute_end <= chunk.first_byte, "bytes left before they were computed"
         assert chunk.first_byte < following.compute_end, "a chunk waited for the next one"
 

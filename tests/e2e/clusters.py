@@ -1,0 +1,236 @@
+"""Clusters for the end-to-end tests: one Ray for all, one cluster at a time, real processes.
+
+A variant names what differs between clusters; asking for another one stops the one before.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+import urllib.request
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import redis
+
+from pdserve.cluster.ray_node import RayNode
+from pdserve.cluster.supervisor import Cluster, start_cluster
+from pdserve.config import Config
+from pdserve.config_load import load_config
+from pdserve.engine.resolve import default_cache, prepare_model
+from pdserve.v1 import worker_pb2 as pb
+from pdserve.v1 import worker_pb2_grpc as pb_grpc
+from tests.e2e.ask import Caller
+from tests.e2e.oracle import Oracle, oracle
+from tests.models import CONTEXT, tiny_model
+
+BLOCK = 16
+CHUNK = 48
+SMOLLM2 = "smollm2"
+MODEL_SEED = 3
+ROOMY_BLOCKS = 400
+# One longest sequence and a few blocks more: a batch has to be preempted.
+TIGHT_BLOCKS = 40
+SETTLE_S = 20.0
+TOKEN = secrets.token_hex(16)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One cluster: ``chunk`` tokens per prefill step, further settings as ``key=value``."""
+
+    family: str
+    transport: str
+    pool: str
+    chunk: int = CHUNK
+    prefill: int = 1
+    decode: int = 1
+    settings: tuple[str, ...] = ()
+
+
+@dataclass
+class Running:
+    """A variant's live cluster and how its tests look into it."""
+
+    cluster: Cluster
+    context: int
+    caller: Caller = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.caller = Caller(self.cluster.addresses.grpc)
+
+    @property
+    def http(self) -> str:
+        return self.cluster.http.url
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(self.http + path, timeout=10) as answer:
+            return json.load(answer)
+
+    def workers(self) -> list[dict[str, Any]]:
+        return list(self.get("/workers")["workers"])
+
+    def each_worker(self, call: Callable[[pb_grpc.WorkerStub], Any]) -> list[Any]:
+        answers = []
+        token = (("authorization", f"Bearer {TOKEN}"),)
+        for facts in self.cluster.workers():
+            with grpc.insecure_channel(facts.address) as channel:
+                answers.append(call(_WithToken(pb_grpc.WorkerStub(channel), token)))
+        return answers
+
+    def flush(self, *tiers: str) -> None:
+        self.each_worker(lambda stub: stub.Flush(pb.FlushRequest(tiers=tiers)))
+
+    def check_idle(self) -> None:
+        """Every block is free or cached, and no invariant is broken, within the time to settle."""
+        end = time.monotonic() + SETTLE_S
+        while True:
+            checks = self.each_worker(lambda stub: stub.CheckIdle(pb.CheckIdleRequest()))
+            sound = all(
+                c.idle and not c.violations and c.blocks_free + c.blocks_cached == c.blocks_total
+                for c in checks
+            )
+            if sound:
+                return
+            assert time.monotonic() < end, checks
+            time.sleep(0.02)
+
+    def settle(self) -> None:
+        """Waits until nothing runs and the write-backs have arrived."""
+        self.check_idle()
+        if not self.cluster.redis_url:
+            return
+        client = redis.Redis.from_url(self.cluster.redis_url)
+        count, since = client.dbsize(), time.monotonic()
+        while time.monotonic() - since < 0.15:
+            time.sleep(0.02)
+            now = client.dbsize()
+            if now != count:
+                count, since = now, time.monotonic()
+        client.close()
+
+    def restart_workers(self) -> None:
+        """Kills every worker; Ray starts them anew."""
+        before = {facts.incarnation for facts in self.cluster.workers()}
+        for facts in self.cluster.workers():
+            self.cluster.kill_worker(facts.id)
+        self.wait(
+            lambda: (
+                len(self.cluster.workers()) == len(before)
+                and before.isdisjoint(f.incarnation for f in self.cluster.workers())
+            )
+        )
+        self.wait_ready()
+
+    def wait_ready(self) -> None:
+        def all_ready() -> bool:
+            workers = self.workers()
+            return len(workers) == len(self.cluster.workers()) and all(
+                worker["state"] == "ready" for worker in workers
+            )
+
+        self.wait(all_ready)
+
+    def wait(self, condition: Callable[[], bool], seconds: float = 60.0) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, f"still not so after {seconds} s"
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        self.caller.close()
+        self.cluster.stop(drain_s=0.5)
+
+
+class _WithToken:
+    """Adds the cluster's token to each call of a stub."""
+
+    def __init__(self, stub: pb_grpc.WorkerStub, metadata: Sequence[tuple[str, str]]) -> None:
+        self._stub, self._metadata = stub, metadata
+
+    def __getattr__(self, name: str) -> Callable[[Any], Any]:
+        method = getattr(self._stub, name)
+        return lambda request: method(request, timeout=30, metadata=self._metadata)
+
+
+class Clusters:
+    """Owns the folder of test models, the one Ray and the cluster that runs now."""
+
+    def __init__(self, folder: Path, ray: RayNode) -> None:
+        self._folder = folder
+        self._ray = ray
+        self._variant: Variant | None = None
+        self._running: Running | None = None
+        self._count = 0
+
+    def get(self, variant: Variant) -> Running:
+        if self._running is None or self._variant != variant:
+            self.stop()
+            self._running = self._start(variant)
+            self._variant = variant
+        return self._running
+
+    def stop(self) -> None:
+        if self._running is not None:
+            self._running.stop()
+        self._running = self._variant = None
+
+    def model(self, family: str) -> Path:
+        if family == SMOLLM2:
+            return prepare_model(Config().model, default_cache(), lambda step: None).path
+        path = self._folder / family
+        if not path.exists():
+            tiny_model(family, path, MODEL_SEED)
+        return path
+
+    def oracle(self, family: str) -> Oracle:
+        return oracle(self.model(family), dtype_of(family))
+
+    def _start(self, variant: Variant) -> Running:
+        context = 1024 if variant.family == SMOLLM2 else CONTEXT
+        self._count += 1
+        token = self._folder / "token"
+        token.write_text(TOKEN)
+        token.chmod(0o600)
+        config = load_config(
+            None,
+            [
+                *settings(variant, context, self.model(variant.family)),
+                f"security.cluster_token_file={token}",
+                *variant.settings,
+            ],
+            {"name": f"t{self._count}", "state_dir": str(self._folder / f"state-{self._count}")},
+        )
+        cluster = start_cluster(config, ray=self._ray)
+        running = Running(cluster, context)
+        running.wait_ready()
+        return running
+
+
+def dtype_of(family: str) -> str:
+    return "float32" if family == SMOLLM2 else "float64"
+
+
+def settings(variant: Variant, context: int, model: Path) -> list[str]:
+    blocks = ROOMY_BLOCKS if variant.pool == "roomy" else TIGHT_BLOCKS * context // CONTEXT
+    values = {
+        "model.path": model,
+        "model.numerics": "exact",
+        "model.dtype": dtype_of(variant.family),
+        "model.max_model_len": context,
+        "pools.prefill": variant.prefill,
+        "pools.decode": variant.decode,
+        "engine.block_size": BLOCK,
+        "engine.pool_blocks": blocks,
+        "engine.prefill_chunk": variant.chunk,
+        "transfer.transports": variant.transport,
+        "router.http_port": 0,
+        "router.grpc_port": 0,
+        "router.skip_handoff_tokens": 0,
+        "cache.host.bytes_max": 512 * 2**20,
+    }
+    return [f"{key}={value}" for key, value in values.items()]
