@@ -233,8 +233,13 @@ class Board:
             self._advance(seq, SequenceEvent.COMPUTED)
 
     def finish(self, seq: Sequence, reason: FinishReason) -> None:
-        """Ends a sequence without a further token."""
-        self.end(seq, self._tokens(seq, (), reason, last=True))
+        """All known tokens are computed, and no room is left for a further one."""
+        event = self._tokens(seq, (), reason, last=True)
+        if seq.job is Job.PREFILL:
+            self.events.append(event)
+            self._hold(seq)
+        else:
+            self.end(seq, event)
 
     def fail(self, seq: Sequence, error: PdserveError) -> None:
         self.end(seq, Failed(seq.id, error))

@@ -95,7 +95,11 @@ def _submit(board: Board, submit: Submit, arrival: int) -> bool:
     if error is not None:
         board.events.append(Failed(submit.seq, error))
     else:
-        board.enqueue(Sequence.of(submit, arrival, board.limits.block_size))
+        seq = Sequence.of(submit, arrival, board.limits.block_size)
+        if seq.job is Job.IMPORT and seq.generated >= seq.sampling.max_tokens:
+            # Only the log-probabilities of the prompt are asked for: no peer has a token to send.
+            seq.job = Job.GENERATE
+        board.enqueue(seq)
     return True
 
 

@@ -116,10 +116,11 @@ class Engine:
     def stop(self, timeout_s: float | None = None) -> None:
         """Ends the thread after the step in progress; what still lives is Failed(Draining)."""
         with self._wake:
-            started = self._state is not EngineState.NEW
-            self._state = EngineState.STOPPED
+            was, self._state = self._state, EngineState.STOPPED
             self._wake.notify()
-        if started and self._thread is not threading.current_thread():
+        if was is EngineState.NEW:
+            self._wind_up(Draining("the worker stops"))  # no thread that would do it
+        elif self._thread is not threading.current_thread():
             self._thread.join(timeout_s)
 
     def snapshot(self) -> EngineSnapshot:
