@@ -37,6 +37,8 @@ from pdserve.types import WorkerId
 
 logger = logging.getLogger(__name__)
 
+_QUEUE_MAX = 10_000  # published batches that may wait for us; what does not fit is a gap
+
 
 class _Replay(enum.Enum):
     COMPLETE = "complete"  # the end marker came, and no number was missing before it
@@ -235,7 +237,8 @@ class KvEventSubscriber:
         # One context, hence one I/O thread, for the subscribers of all workers.
         sock = zmq.asyncio.Context.instance().socket(kind)
         sock.maxmsgsize = MESSAGE_BYTES_MAX
-        sock.rcvhwm = 0 if kind is zmq.SocketType.DEALER else 10_000
+        # A replay is bounded by its publisher, and losing a part of it would be of no use.
+        sock.rcvhwm = 0 if kind is zmq.SocketType.DEALER else _QUEUE_MAX
         sock.ipv6 = "[" in address
         sock.connect(address)
         return sock

@@ -1,0 +1,18 @@
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from real_redis import RealRedis
+
+
+@pytest.fixture
+def real_redis() -> Iterator[RealRedis]:
+    # Not tmp_path: a unix socket's path must stay short.
+    with tempfile.TemporaryDirectory(prefix="pdr-") as folder:
+        server = RealRedis(Path(folder))
+        server.start()
+        yield server
+        server.kill()

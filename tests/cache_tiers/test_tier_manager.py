@@ -1,0 +1,442 @@
+"""Every job of the tier manager ends once; what it reads is a true prefix; failures are misses."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+from real_redis import RealRedis, new_keys
+from tier_world import SPAN, World
+
+from cache_tiers import write_path
+from cache_tiers.write_path import WriteLimits
+from pdserve.engine.api import PinTicket, TierReadDone, Unpin
+from pdserve.errors import TierError
+from pdserve.types import BlockKey, Incarnation, Tier
+
+H, R = Tier.HOST, Tier.REDIS
+
+
+@pytest.fixture
+def worlds() -> Iterator[list[World]]:
+    opened: list[World] = []
+    yield opened
+    for world in opened:
+        world.manager.close(drain_s=0.0)
+
+
+def open_world(worlds: list[World], *args: object, **kwargs: object) -> World:
+    world = World(*args, **kwargs)  # type: ignore[arg-type]
+    worlds.append(world)
+    return world
+
+
+# ---- reading and writing ------------------------------------------------------------------------
+
+
+def test_host_first_then_redis_and_redis_hits_become_host_hits(
+    real_redis: RealRedis, worlds: list[World]
+) -> None:
+    keys = new_keys(6)
+    first = open_world(worlds, real_redis.url, host=16)
+    assert first.read(keys) == []
+    first.write(keys)
+    assert first.read(keys) == [H] * 6
+    # Another process, as after a restart of every worker.
+    second = open_world(worlds, real_redis.url, host=16, writer=Incarnation(b"2" * 16))
+    assert second.read(keys[:4]) == [R] * 4
+    assert second.read(keys) == [H] * 4 + [R] * 2
+    assert second.manager.stats().hit_blocks == {H: 4, R: 6}
+    assert second.manager.stats().wanted_blocks == 10
+    assert second.manager.degraded() == ""
+
+
+def test_tiers_fill_each_others_holes_and_the_first_gap_ends_it(
+    real_redis: RealRedis, worlds: list[World]
+) -> None:
+    keys = new_keys(8)
+    world = open_world(worlds, real_redis.url, host=16)
+    world.write(keys)
+    prefix = real_redis.client().keys("*")[0].rsplit(b":", 1)[0].decode()
+    host = world.manager._host
+    assert host is not None
+    host.delete([keys[1], keys[2], keys[4], keys[6]])
+    real_redis.client().delete(f"{prefix}:{keys[6].hex()}")
+    assert world.read(keys) == [H, R, R, H, R, H]
+
+
+def test_one_tier_alone_works(real_redis: RealRedis, worlds: list[World]) -> None:
+    keys = new_keys(5)
+    for world, tier in (
+        (open_world(worlds, "", host=8), H),
+        (open_world(worlds, real_redis.url, host=0), R),
+    ):
+        world.write(keys)
+        assert world.read(keys) == [tier] * 5
+
+
+def test_without_tiers_every_job_ends_at_once(worlds: list[World]) -> None:
+    world = open_world(worlds)
+    assert not world.manager.enabled
+    assert world.read(new_keys(3)) == []
+    world.write(new_keys(3))
+
+
+def test_a_block_that_redis_holds_is_not_sent_again(
+    real_redis: RealRedis, worlds: list[World]
+) -> None:
+    keys = new_keys(5)
+    world = open_world(worlds, real_redis.url)
+    world.write(keys[:3])
+    world.write(keys)
+    stats = world.manager.stats().redis
+    assert stats is not None
+    assert stats.stored == 5
+
+
+# ---- failures -----------------------------------------------------------------------------------
+
+
+def test_a_dead_redis_is_a_miss_and_says_so_and_comes_back(
+    real_redis: RealRedis, worlds: list[World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(write_path, "IDLE_S", 0.05)
+    world = open_world(worlds, real_redis.url, host=2)
+    keys = new_keys(5)
+    world.write(keys)
+    real_redis.kill()
+    for _ in range(5):
+        assert world.read(keys) == [H] * 2
+        world.write(new_keys(1))
+        world.write(keys[:2])
+    assert world.manager.degraded() == "redis unreachable"
+    real_redis.start()
+    deadline = time.monotonic() + 5
+    while world.manager.degraded():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    world.write(keys)
+    assert world.read(keys)[2:] == [R] * 3
+    assert world.manager.stats().failures == 0
+
+
+def test_a_stopped_redis_holds_no_block_and_no_read_for_long(
+    real_redis: RealRedis, worlds: list[World]
+) -> None:
+    world = open_world(worlds, real_redis.url, timeout_s=0.2, breaker_open_s=60.0)
+    world.write(new_keys(2))
+    real_redis.pause()
+    start = time.monotonic()
+    tickets = [world.start_write(new_keys(2)) for _ in range(20)]
+    for ticket in tickets:
+        world.wait(ticket)
+    assert time.monotonic() - start < 0.2, "blocks stayed pinned while bytes travelled"
+    for _ in range(30):
+        assert world.read(new_keys(2)) == []
+    assert time.monotonic() - start < 3.0
+    real_redis.resume()
+
+
+def test_a_block_too_large_for_redis_turns_that_tier_off_and_says_so(
+    real_redis: RealRedis, worlds: list[World]
+) -> None:
+    world = open_world(worlds, real_redis.url, host=4, value_bytes_max=SPAN)
+    keys = new_keys(2)
+    world.write(keys)
+    assert world.read(keys) == [H, H]
+    assert "redis tier off" in world.manager.degraded()
+
+
+def test_a_pool_that_breaks_ends_the_job_all_the_same(worlds: list[World]) -> None:
+    def broken(block: int) -> None:
+        if block >= 50:
+            raise ValueError("no such block")
+
+    world = open_world(worlds, host=4, on_span=broken)
+    keys = new_keys(2)
+    ticket = world.start_write(keys, first_block=60)
+    assert world.wait(ticket) == Unpin(ticket)
+    assert world.read(keys, first_block=60) == []
+    assert world.manager.quiesce(5)
+    assert world.manager.stats().failures == 2
+    world.write(keys)
+    assert world.read(keys) == [H, H]
+
+
+def test_a_full_queue_drops_the_newest_write_back_and_unpins_it(worlds: list[World]) -> None:
+    gate = threading.Event()
+    world = open_world(
+        worlds, host=16, limits=WriteLimits(pinned_blocks=4), on_span=lambda _: gate.wait(10)
+    )
+    keys = new_keys(7)
+    taken = [world.start_write(keys[:2], 0), world.start_write(keys[2:4], 2)]
+    dropped = world.start_write(keys[4:], 4)
+    assert world.ends[dropped] == [Unpin(dropped)]
+    assert [world.ends[ticket] for ticket in taken] == [[], []]
+    gate.set()
+    for ticket in taken:
+        world.wait(ticket)
+    assert world.read(keys) == [H] * 4
+    assert world.manager.stats().writes.dropped_jobs == 1
+    # A job larger than the whole queue goes through when it is alone.
+    world.write(keys)
+    assert world.read(keys) == [H] * 7
+
+
+def test_bytes_for_redis_are_bounded(real_redis: RealRedis, worlds: list[World]) -> None:
+    world = open_world(worlds, real_redis.url, limits=WriteLimits(aside_bytes=3 * SPAN))
+    keys = new_keys(8)
+    world.write(keys)
+    assert world.read(keys) == [R] * 3
+    assert world.manager.stats().writes.unsent_blocks == 5
+
+
+def test_close_delivers_what_was_written_and_ends_the_rest(
+    real_redis: RealRedis, worlds: list[World]
+) -> None:
+    keys = new_keys(20)
+    world = World(real_redis.url, host=4)
+    world.start_write(keys)
+    world.manager.close()
+    late = [world.start_write(keys), world.start_read(keys)]
+    assert all(len(world.ends[job]) == 1 for job in late)
+    with pytest.raises(TierError):
+        world.manager.clear([H])
+    assert open_world(worlds, real_redis.url).read(keys) == [R] * 20
+    # With Redis stopped, closing still takes a bounded time and ends every job.
+    stuck = World(real_redis.url, host=4)
+    real_redis.pause()
+    jobs = [stuck.start_read(new_keys(9)) for _ in range(40)]
+    jobs += [stuck.start_write(new_keys(9)) for _ in range(40)]
+    start = time.monotonic()
+    stuck.manager.close(drain_s=0.1)
+    assert time.monotonic() - start < 5
+    real_redis.resume()
+    assert all(len(stuck.ends[job]) == 1 for job in jobs)
+
+
+# ---- forget, revoke, clear ----------------------------------------------------------------------
+
+
+def test_forgotten_blocks_leave_every_tier(real_redis: RealRedis, worlds: list[World]) -> None:
+    world = open_world(worlds, real_redis.url, host=16)
+    keys = new_keys(5)
+    # The write-back is still on its way when its blocks turn out to be suspect.
+    world.start_write(keys)
+    world.manager.forget([keys[2], keys[2], keys[4]])
+    assert H not in world.read(keys)[2:]
+    assert world.manager.quiesce(10)
+    assert len(world.read(keys)) == 2
+    assert len(real_redis.client().keys("*")) == 3
+    # They can be computed and kept anew.
+    world.write(keys)
+    assert world.read(keys) == [H] * 5
+
+
+def test_a_read_under_way_takes_back_what_was_forgotten_meanwhile(
+    real_redis: RealRedis, worlds: list[World]
+) -> None:
+    keys = new_keys(4)
+    open_world(worlds, real_redis.url).write(keys)
+    world = open_world(worlds, real_redis.url, host=16, timeout_s=5.0)
+    assert world.read(keys[:1]) == [R]  # connected
+    real_redis.pause()
+    job = world.start_read(keys)
+    time.sleep(0.1)  # the request is with the server
+    world.manager.forget([keys[2]])
+    real_redis.resume()
+    answer = world.wait(job)
+    assert isinstance(answer, TierReadDone)
+    assert answer.hits == (H, R, None, None)
+    assert world.manager.quiesce(10)
+    assert world.manager._host is not None
+    assert world.manager._host.contains(keys) == [True, True, False, True]
+    assert world.read(keys) == [H, H]
+
+
+def test_what_redis_could_not_delete_stays_fenced_until_it_can(
+    real_redis: RealRedis, worlds: list[World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(write_path, "IDLE_S", 0.05)
+    world = open_world(worlds, real_redis.url, breaker_failures=100)
+    keys = new_keys(4)
+    world.write(keys)
+    client = real_redis.client()
+    client.execute_command("ACL", "SETUSER", "default", "-unlink")
+    world.manager.forget([keys[1], keys[2]])
+    assert world.manager.quiesce(10)
+    assert world.manager.stats().writes.undeleted_keys == 2
+    assert world.read(keys) == [R]
+    # A new value replaces a suspect one that is still there.
+    world.write(keys[:2])
+    assert world.read(keys) == [R, R]
+    client.execute_command("ACL", "SETUSER", "default", "+unlink")
+    deadline = time.monotonic() + 5
+    while world.manager.stats().writes.undeleted_keys:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert len(client.keys("*")) == 3
+    world.write(keys)
+    assert world.read(keys) == [R] * 4
+
+
+def test_a_revoked_incarnation_reads_as_a_miss_everywhere(
+    real_redis: RealRedis, worlds: list[World]
+) -> None:
+    bad = Incarnation(b"B" * 16)
+    keys = new_keys(4)
+    world = open_world(worlds, real_redis.url, host=16)
+    world.write(keys[:1])
+    open_world(worlds, real_redis.url, writer=bad).write(keys)
+    assert world.read(keys) == [H, R, R, R]
+    world.manager.revoke(bad)
+    assert world.read(keys) == [H]
+    world.write(keys)
+    assert world.read(keys) == [H] * 4
+
+
+def test_clear_empties_the_named_tiers(real_redis: RealRedis, worlds: list[World]) -> None:
+    world = open_world(worlds, real_redis.url, host=16)
+    keys = new_keys(4)
+    world.start_write(keys)
+    world.manager.clear([Tier.DEVICE, H])
+    world.manager.quiesce(10)
+    assert world.read(keys) == [R] * 4
+    world.manager.clear([R])
+    assert world.read(keys) == [H] * 4
+    world.manager.clear([H, R])
+    assert world.read(keys) == []
+    real_redis.kill()
+    with pytest.raises(TierError):
+        world.manager.clear([R])
+
+
+# ---- all at once --------------------------------------------------------------------------------
+
+
+def test_random_steps_agree_with_a_plain_dictionary(
+    real_redis: RealRedis, worlds: list[World]
+) -> None:
+    """One step after another; two sets of keys say what each tier must hold."""
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    draw = random.Random(seed)
+    chains = [[BlockKey(draw.randbytes(16)) for _ in range(8)] for _ in range(3)]
+    world = open_world(worlds, real_redis.url, host=24)
+    in_host: set[BlockKey] = set()
+    in_redis: set[BlockKey] = set()
+    for _ in range(200):
+        keys = draw.choice(chains)[: draw.randrange(1, 9)]
+        action = draw.randrange(12)
+        if action < 4:
+            start = draw.randrange(len(keys))
+            world.write(keys[start:])
+            in_host.update(keys[start:])
+            in_redis.update(keys[start:])
+        elif action < 9:
+            expected: list[Tier] = []
+            for key in keys:
+                if key not in in_host | in_redis:
+                    break
+                expected.append(H if key in in_host else R)
+            assert world.read(keys) == expected
+            in_host.update(keys[: len(expected)])
+        elif action == 9:
+            suspect = draw.sample(keys, 1)
+            world.manager.forget(suspect)
+            assert world.manager.quiesce(10)
+            in_host.difference_update(suspect)
+            in_redis.difference_update(suspect)
+        elif action == 10:
+            world.manager.clear([H])
+            in_host.clear()
+        elif draw.randrange(3) == 0:
+            world.manager.clear([R])
+            in_redis.clear()
+
+
+def test_random_jobs_agree_with_what_was_written(
+    real_redis: RealRedis, worlds: list[World]
+) -> None:
+    """Chains over 30 keys, small tiers, a Redis that dies and returns; memory is watched."""
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    draw = random.Random(seed)
+    chains = [[BlockKey(draw.randbytes(16)) for _ in range(10)] for _ in range(3)]
+    world = open_world(worlds, real_redis.url, host=9, blocks=2000, breaker_open_s=0.05)
+    written: set[BlockKey] = set()
+    reads: list[tuple[object, list[BlockKey], int]] = []
+    writes: list[PinTicket] = []
+    block = 0
+    for turn in range(250):
+        keys = draw.choice(chains)[: draw.randrange(1, 11)]
+        action = draw.randrange(20)
+        if block + len(keys) > 2000:
+            break
+        if action < 8:
+            written.update(keys)
+            writes.append(world.start_write(keys, block))
+        elif action < 17:
+            reads.append((world.start_read(keys, block), keys, block))
+        elif action == 17:
+            world.manager.forget(draw.sample(keys, 1))
+        elif action == 18 and not 100 <= turn < 150:
+            world.manager.clear([draw.choice([H, R])])
+        block += len(keys)
+        if turn == 100:
+            real_redis.kill()
+        elif turn == 150:
+            real_redis.start()
+            time.sleep(0.1)
+    assert world.manager.quiesce(20)
+    for ticket in writes:
+        assert world.ends[ticket] == [Unpin(ticket)]
+    total = 0
+    for job, keys, first in reads:
+        (answer,) = world.ends[job]
+        assert isinstance(answer, TierReadDone)
+        hits = world.checked(keys, answer, first)
+        assert written.issuperset(keys[: len(hits)])
+        total += len(hits)
+    assert total > 50
+    assert world.manager.stats().failures == 0
+    # With the dust settled, both tiers agree with the truth once more.
+    for chain in chains:
+        world.write(chain)
+        assert len(world.read(chain)) == 10
+
+
+def test_no_block_is_touched_after_its_job_ended(
+    real_redis: RealRedis, worlds: list[World]
+) -> None:
+    """Each block is painted in its done callback; the paint must still be there at the end."""
+    world = open_world(worlds, real_redis.url, host=4, blocks=600, timeout_s=0.05)
+    keys = new_keys(20)
+    world.write(keys)
+    painted: list[int] = []
+    end = world._end
+
+    def paint(job: object, answer: object) -> None:
+        if isinstance(answer, TierReadDone):
+            first = 20 + 20 * (int.from_bytes(answer.seq, "big") - 2)
+            world.pool[first : first + 20] = 0x5A
+            painted.append(first)
+        end(job, answer)
+
+    world._end = paint  # type: ignore[method-assign]
+    for i in range(25):
+        if i % 5 == 2:
+            real_redis.pause()
+        world.start_read(keys, 20 + 20 * i)
+        if i % 5 == 4:
+            time.sleep(0.08)
+            real_redis.resume()
+    real_redis.resume()
+    assert world.manager.quiesce(20)
+    time.sleep(0.05)
+    assert len(painted) == 25
+    for first in painted:
+        assert (world.pool[first : first + 20] == 0x5A).all()
