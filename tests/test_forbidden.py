@@ -7,7 +7,8 @@ import tokenize
 from collections.abc import Iterator
 
 import pytest
-from source_tree import dotted, imports, sources
+
+from tests.source_tree import dotted, imports, sources
 
 UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "marshal", "shelve", "dill"}
 UNSAFE_MODULES |= {"joblib", "jsonpickle"}

@@ -5,7 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from source_tree import ROOMS, ROOT, imports, sources
+
+from tests.source_tree import ROOMS, ROOT, imports, sources
 
 # Of our own rooms, each may import these (and itself).
 MAY_IMPORT = {

@@ -11,7 +11,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from source_tree import ROOMS, ROOT
+
+from tests.source_tree import ROOMS, ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES = PROJECT["tool"]["setuptools"]["packages"]

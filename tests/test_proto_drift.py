@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 from google.protobuf import descriptor_pb2
-from source_tree import GENERATED, ROOT
+
+from tests.source_tree import GENERATED, ROOT
 
 PROTOS = sorted((ROOT / "proto" / "pdserve" / "v1").glob("*.proto"))
 # The generators' versions, as they write them into the stubs.

@@ -2,7 +2,7 @@
 
 import ast
 
-from source_tree import sources
+from tests.source_tree import sources
 
 FILE_LINES = 500
 FUNCTION_LINES = 70

@@ -3,10 +3,10 @@
 logits [r, V] float64 -> weights (exp, the likeliest has 1) -> cut by min_p, top_k, top_p
 -> cumulated in the order of token ids -> the first whose cumulated weight exceeds uniform * total.
 
-Every operation works on each row alone, so a draw does not depend on its batch: on a CPU to the bit;
-a device may sum differently for other numbers of rows, which moves a border by about 1e-16.
-Nothing here waits for a device: counts stay tensors, except on the CPU, where a look at them is
-free.
+Every operation works on each row alone, so a draw does not depend on its batch. On a CPU that holds
+to the bit; a device may sum differently for other numbers of rows, which moves a border by about
+1e-16. Nothing here waits for a device: counts stay tensors, except on the CPU, where looking at
+them is free.
 """
 
 from __future__ import annotations
