@@ -138,6 +138,8 @@ def _bias_key(name: str, key: object, vocab_size: int) -> int:
         token = int(key)
     if type(token) is not int or not 0 <= token < vocab_size:
         raise refuse(
-            f"{name}[{show(key).strip(chr(39))}]", key, f"a token id from 0 to {vocab_size - 1} of this model"
+            f"{name}[{show(key).strip(chr(39))}]",
+            key,
+            f"a token id from 0 to {vocab_size - 1} of this model",
         )
     return token

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable, Mapping
+
+from prometheus_client import CollectorRegistry
 
 from pdserve.config import Config
+from pdserve.telemetry.metrics import RouterMetrics
 from router.api import Dispatcher
 from router.auth import load_keys, load_tls
 from router.boot import RouterBoot
@@ -58,8 +62,16 @@ class Fronts:
             await asyncio.sleep(READINESS_S)
 
 
-async def start_fronts(boot: RouterBoot, dispatcher: Dispatcher) -> Fronts:
-    """Raises ConfigError: an address in use, keys, certificate or model files that are wrong."""
+async def start_fronts(
+    boot: RouterBoot,
+    dispatcher: Dispatcher,
+    *,
+    counters: Callable[[], Mapping[str, int]] | None = None,
+) -> Fronts:
+    """``counters``: what the router counts about itself, for /metrics.
+
+    Raises ConfigError: an address in use, keys, certificate or model files that are wrong.
+    """
     config: Config = boot.config
     keys = load_keys(config.security.api_key_files)
     tls = load_tls(config.security)
@@ -67,7 +79,13 @@ async def start_fronts(boot: RouterBoot, dispatcher: Dispatcher) -> Fronts:
     tokens = TokenService(model, config.router.tokenizer_threads)
     if tokens.pieces is None:
         log.warning("the model has no tokenizer.json: prompts and answers are token ids alone")
-    service = Service(config.router, tokens, dispatcher)
+    metrics = RouterMetrics(
+        CollectorRegistry(), model.name, max_model_len=max(1, model.max_model_len)
+    )
+    metrics.watch_workers(dispatcher.workers)
+    if counters is not None:
+        metrics.watch_counters(counters)
+    service = Service(config.router, tokens, dispatcher, metrics)
     http = None
     try:
         http = await start_http(service, keys, tls, shutdown_s=CLOSE_S)

@@ -45,10 +45,11 @@ class InferenceHandlers:
         self, data: bytes, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         deadline = time.monotonic() + self._remaining_s(context)
-        principal = self._principal(context)
-        message = grpc_requests.parse(inference_pb2.GenerateRequest, data)
-        raw = grpc_requests.raw_request(message)
-        prepared = await self._service.prepare(raw, principal, deadline)
+        with self._service.accepting():
+            principal = self._principal(context)
+            message = grpc_requests.parse(inference_pb2.GenerateRequest, data)
+            raw = grpc_requests.raw_request(message)
+            prepared = await self._service.prepare(raw, principal, deadline)
         job = prepared.jobs[0]
         stream = self._service.stream(job, prepared.text)
         try:

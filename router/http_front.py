@@ -32,6 +32,7 @@ def make_app(service: Service, keys: KeyRing) -> web.Application:
             web.post("/detokenize", tools.detokenize),
             web.get("/health", tools.health),
             web.get("/ready", tools.ready),
+            web.get("/metrics", tools.metrics),
             web.get("/version", tools.version),
             web.get("/workers", tools.workers),
         ]

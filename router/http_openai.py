@@ -38,14 +38,11 @@ class OpenAiHandlers:
 
     async def _generate(self, request: web.Request, kind: Kind) -> web.StreamResponse:
         deadline = time.monotonic() + self._config.request_timeout_s
-        principal = self._keys.principal(request.headers.get("Authorization"))
-        body = await read_object(request, self._config.max_body_bytes)
-        if body.get("request_id") is None:
-            body = {**body, "request_id": request[REQUEST_ID]}
-        ask = openai_fields.parse(kind, body, max_prompts=self._config.max_prompts)
-        prepared = await self._service.prepare(ask.raw, principal, deadline)
+        with self._service.accepting():
+            ask, prepared = await self._accept(request, kind, deadline)
+            echo_texts = await self._echo_texts(ask, prepared)
         request[REQUEST_ID] = prepared.request_id
-        answer = Answer(ask, prepared, self._service.tokens, await self._echo_texts(ask, prepared))
+        answer = Answer(ask, prepared, self._service.tokens, echo_texts)
         streams = [self._service.stream(job, prepared.text) for job in prepared.jobs]
         async with Fanout(streams) as fanout:
             if ask.stream:
@@ -56,6 +53,16 @@ class OpenAiHandlers:
                     if event.delta is not None:
                         answer.take(event.index, event.delta)
         return json_response(answer.whole())
+
+    async def _accept(
+        self, request: web.Request, kind: Kind, deadline: float
+    ) -> tuple[Ask, Prepared]:
+        principal = self._keys.principal(request.headers.get("Authorization"))
+        body = await read_object(request, self._config.max_body_bytes)
+        if body.get("request_id") is None:
+            body = {**body, "request_id": request[REQUEST_ID]}
+        ask = openai_fields.parse(kind, body, max_prompts=self._config.max_prompts)
+        return ask, await self._service.prepare(ask.raw, principal, deadline)
 
     async def _stream(
         self, events: EventStream, ask: Ask, answer: Answer, fanout: Fanout

@@ -110,6 +110,10 @@ class ToolHandlers:
             raise NoWorker(f"not ready: {reason}")
         return json_response({"status": "ready"})
 
+    async def metrics(self, request: web.Request) -> web.Response:
+        body, content_type = self._service.metrics.render(request.headers.get("Accept", ""))
+        return web.Response(body=body, headers={"Content-Type": content_type})
+
     async def version(self, _: web.Request) -> web.Response:
         return json_response({"version": version()})
 

@@ -1,28 +1,90 @@
-"""What every front offers, once: validation, tokens and the dispatcher behind one small face."""
+"""What every front offers, once: validation, tokens, metrics and the dispatcher behind one face.
+
+with accepting(): parse, prepare      a request is refused, and counted, or accepted
+async for delta in stream(job, ...)   it is timed, and ends exactly once
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, Iterator
 
 from pdserve.config import RouterConfig
+from pdserve.errors import Cancelled, InternalError, PdserveError
+from pdserve.telemetry.metrics import RequestTimer, RouterMetrics
 from router.api import Dispatcher, Job, Principal
 from router.requests import Prepared, RawRequest, TextOptions
 from router.text import TextDelta, stream_text
 from router.tokens import TokenService
 from router.validation import Validator
 
+log = logging.getLogger(__name__)
+
 
 class Service:
-    def __init__(self, config: RouterConfig, tokens: TokenService, dispatcher: Dispatcher) -> None:
+    def __init__(
+        self,
+        config: RouterConfig,
+        tokens: TokenService,
+        dispatcher: Dispatcher,
+        metrics: RouterMetrics,
+    ) -> None:
         self.config = config
         self.tokens = tokens
         self.dispatcher = dispatcher
+        self.metrics = metrics
         self.validator = Validator(config, tokens, dispatcher.model)
+
+    @contextlib.contextmanager
+    def accepting(self) -> Iterator[None]:
+        """Around all that happens before a request is accepted."""
+        try:
+            yield
+        except PdserveError as error:
+            self.metrics.rejected(error.code)
+            raise
 
     async def prepare(self, raw: RawRequest, principal: Principal, deadline: float) -> Prepared:
         """Raises InvalidRequest and its kin; starts nothing."""
         return await self.validator.prepare(raw, principal, deadline)
 
-    def stream(self, job: Job, options: TextOptions) -> AsyncGenerator[TextDelta, None]:
+    async def stream(self, job: Job, options: TextOptions) -> AsyncGenerator[TextDelta, None]:
         """One job's text; closing the generator cancels the job."""
-        return stream_text(job, options, self.dispatcher, self.tokens)
+        timer = self.metrics.request_started()
+        extra = {"request_id": job.request_id}
+        deltas = stream_text(job, options, self.dispatcher, self.tokens)
+        try:
+            async with contextlib.aclosing(deltas):
+                async for delta in deltas:
+                    _measure(timer, delta)
+                    if delta.finish is not None:
+                        log.info(
+                            "finished: %s, %s", delta.finish.value, _figures(delta), extra=extra
+                        )
+                    yield delta
+        except PdserveError as error:
+            timer.failed(error.code)
+            log.warning("failed: %s: %s", error.code, error, extra=extra)
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            timer.failed(Cancelled.code)
+            raise
+        except Exception:
+            timer.failed(InternalError.code)
+            raise
+
+
+def _measure(timer: RequestTimer, delta: TextDelta) -> None:
+    timer.tokens(len(delta.tokens))
+    if delta.finish is not None:
+        timer.finished(delta.finish, delta.usage)
+
+
+def _figures(delta: TextDelta) -> str:
+    usage = delta.usage
+    return (
+        f"{usage.prompt_tokens} prompt tokens ({usage.cached_tokens.total} cached), "
+        f"{usage.completion_tokens} answered by {usage.decode_worker or 'nobody'}"
+    )

@@ -128,11 +128,15 @@ def test_openai_client_gets_typed_errors(world: World, client: openai.OpenAI) ->
 def test_openai_client_sees_an_error_within_a_stream(world: World, client: openai.OpenAI) -> None:
     world.dispatcher.fail_after = {2: NoWorker("the last worker died")}
     stream = client.chat.completions.create(model=SERVED, messages=HELLO, stream=True)
-    text = ""
+    seen = []
     with pytest.raises(openai.APIError, match="the last worker died"):
-        for chunk in stream:
-            text += chunk.choices[0].delta.content or ""
-    assert text == world.tokenizer.decode(world.ids("the quick brown fox")[:2])
+        read_into(seen, stream)
+    assert "".join(seen) == world.tokenizer.decode(world.ids("the quick brown fox")[:2])
+
+
+def read_into(texts: list[str], stream) -> None:
+    for chunk in stream:
+        texts.append(chunk.choices[0].delta.content or "")
 
 
 def test_openai_client_lists_models(world: World, client: openai.OpenAI) -> None:
@@ -189,7 +193,9 @@ def test_stop_strings_end_the_job_and_the_text(world: World) -> None:
     assert streamed[-1]["choices"][0]["stop_reason"] == "END"
     assert world.idle()
     assert world.dispatcher.cancelled == 1, "the job ran on after its stop string"
-    whole = post(world.http, COMPLETE, {**body, "stream": False, "include_stop_str_in_output": True})
+    whole = post(
+        world.http, COMPLETE, {**body, "stream": False, "include_stop_str_in_output": True}
+    )
     assert whole.json["choices"][0]["text"] == "one two three END"
     assert whole.json["usage"]["completion_tokens"] < 20
 
@@ -258,7 +264,9 @@ def test_a_resume_after_a_stop_string_ends_at_once(world: World) -> None:
 
 
 def test_tokens_and_back(world: World) -> None:
-    reply = post(world.http, "/tokenize", {"prompt": "the 東京 dog", "return_token_strs": True}).json
+    reply = post(
+        world.http, "/tokenize", {"prompt": "the 東京 dog", "return_token_strs": True}
+    ).json
     assert reply["tokens"] == world.ids("the 東京 dog")
     assert reply["count"] == len(reply["tokens"]) == len(reply["token_strs"])
     assert reply["max_model_len"] == CONTEXT
@@ -337,3 +345,32 @@ def test_a_bug_of_ours_is_a_500_that_tells_nothing(world: World) -> None:
     reply = post(world.http, COMPLETE, {"prompt": "x"})
     assert (reply.status, reply.json["error"]["code"]) == (500, "internal")
     assert "division" not in reply.body.decode()
+
+
+def test_metrics_count_what_happened(world: World) -> None:
+    def value(name: str) -> float:
+        lines = call(world.http, "GET", "/metrics").body.decode().splitlines()
+        found = [line for line in lines if line.startswith(name)]
+        assert found, name
+        return sum(float(line.rsplit(" ", 1)[1]) for line in found)
+
+    names = {
+        "stop": 'pdserve:request_success_total{engine="0",finished_reason="stop"',
+        "abort": 'pdserve:request_success_total{engine="0",finished_reason="abort"',
+        "rejected": "pdserve:requests_rejected_total",
+        "tokens": "pdserve:generation_tokens_total",
+    }
+    post(world.http, COMPLETE, {"prompt": ""})
+    before = {key: value(name) for key, name in names.items()}
+    post(world.http, COMPLETE, {"prompt": "x", "max_tokens": 100})
+    post(world.http, COMPLETE, {"prompt": "x", "temperature": -1})
+    after = {key: value(name) for key, name in names.items()}
+    made = len(world.ids("the quick brown fox")) + 1
+    assert {key: after[key] - before[key] for key in names} == {
+        "stop": 1,
+        "abort": 0,
+        "rejected": 1,
+        "tokens": made,
+    }
+    assert value("pdserve:requests_in_flight") == 0
+    assert value("pdserve:num_requests_running") == 2

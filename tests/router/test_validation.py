@@ -42,7 +42,7 @@ SAMPLING: list[tuple[str, Any, bool]] = [
     *[("stop_token_ids", v, False) for v in ([-1], ["1"], 5, [True], [1.5])],
     *[("logit_bias", v, True) for v in ({5: NAN}, {5: 101}, {5: -INF}, {VOCAB: 1})],
     *[("logit_bias", v, False) for v in ({"x": 1}, {"-1": 1}, {"5": "1"}, [], {"5": 1, "05": 2})],
-    ("logit_bias", {token: 1 for token in range(VOCAB)} | {2**31: 1}, True),
+    ("logit_bias", dict.fromkeys(range(VOCAB), 1) | {2**31: 1}, True),
     *[("prompt_logprobs", v, True) for v in (21, 2**31)],
     *[("prompt_logprobs", v, False) for v in (-1, "1", True)],
     *[("seed", v, False) for v in (-1, 2**64, 1.5, "7", True)],
@@ -115,9 +115,7 @@ def test_grpc_names_the_field(world: World, field: str, value: Any) -> None:
     assert error is not None, "accepted"
     code = trailer(error, "pdserve-code")
     expected = (
-        grpc.StatusCode.NOT_FOUND
-        if code == "model_not_found"
-        else grpc.StatusCode.INVALID_ARGUMENT
+        grpc.StatusCode.NOT_FOUND if code == "model_not_found" else grpc.StatusCode.INVALID_ARGUMENT
     )
     assert error.code() is expected
     assert error.details().startswith(field)
