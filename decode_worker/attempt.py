@@ -12,12 +12,11 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kv_transfer.convert import endpoint_from_proto, offers_from_proto
-
 from decode_worker import protocol
 from decode_worker.facts import AttemptRecord
 from decode_worker.peer import PeerStubs, PrefillPeer
 from kv_transfer.base import BlockOffer, BlockReader, Endpoint, ReadReport
+from kv_transfer.convert import endpoint_from_proto, offers_from_proto
 from pdserve.engine import api
 from pdserve.errors import (
     InternalError,
@@ -27,6 +26,7 @@ from pdserve.errors import (
     TransferError,
     WorkerLost,
 )
+from pdserve.faults import Step, board
 from pdserve.rpc import convert
 from pdserve.types import PROTOCOL_VERSION, WorkerFacts
 from pdserve.v1 import inference_pb2, kv_pb2, worker_pb2
@@ -82,6 +82,7 @@ class Attempt:
         self._facts_sent = False
 
     def begin(self) -> None:
+        board.hit(Step.DECODE_START)
         if self._start.HasField("prefill"):
             self._spawn(self._follow_peer())
         else:
@@ -166,6 +167,7 @@ class Attempt:
 
     async def _read(self, effect: protocol.Read) -> None:
         assert self._reader is not None, "an offer follows accepted"
+        board.hit(Step.DECODE_READ)
         try:
             reader = await self._reader
             report = await self._services.read(
@@ -195,6 +197,8 @@ class Attempt:
             if isinstance(effect, protocol.Emit):
                 self._emit_tokens(effect)
             elif isinstance(effect, protocol.Post):
+                if isinstance(effect.command, api.ImportDone):
+                    board.hit(Step.DECODE_COMMIT)
                 self._services.bridge.post(effect.command)
             elif isinstance(effect, protocol.Read):
                 self._spawn(self._read(effect))
@@ -215,6 +219,7 @@ class Attempt:
         if self._peer is None:
             return  # cancelled before the call was opened
         if isinstance(effect, protocol.SendGrant):
+            board.hit(Step.DECODE_GRANT)
             self._peer.grant(effect.block_indices, "")
         elif isinstance(effect, protocol.SendDone):
             self._peer.done()
@@ -222,6 +227,7 @@ class Attempt:
             self._peer.drop()
 
     def _emit_tokens(self, effect: protocol.Emit) -> None:
+        board.hit(Step.DECODE_TOKENS)
         event = worker_pb2.AttemptEvent(
             attempt_id=self._submit.seq,
             offset=effect.offset,

@@ -195,6 +195,11 @@ class SecurityConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class TestingConfig:
+    faults: bool = opt(False, "Workers obey ArmFault (pdserve/faults.py).")
+
+
+@dataclass(frozen=True, slots=True)
 class LogConfig:
     level: str = opt("info", "Log level.", choices=("debug", "info", "warning", "error"))
     json: bool = opt(False, "One JSON object a line.")
@@ -216,3 +221,4 @@ class Config:
     timers: TimersConfig = section(TimersConfig, "Liveness.")
     security: SecurityConfig = section(SecurityConfig, "Who may call.")
     log: LogConfig = section(LogConfig, "Logging.")
+    testing: TestingConfig = section(TestingConfig, "For tests of the cluster itself.")

@@ -16,9 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import grpc
-from kv_transfer.convert import endpoint_to_proto, offer_to_proto
 
 from kv_transfer.base import BlockExporter, Endpoint
+from kv_transfer.convert import endpoint_to_proto, offer_to_proto
 from pdserve.engine import api
 from pdserve.errors import (
     Cancelled,
@@ -28,6 +28,7 @@ from pdserve.errors import (
     StaleIncarnation,
     WorkerLost,
 )
+from pdserve.faults import Step, board
 from pdserve.rpc import convert
 from pdserve.types import PROTOCOL_VERSION, WorkerFacts
 from pdserve.v1 import kv_pb2, kv_pb2_grpc
@@ -82,6 +83,7 @@ class PrefillService(kv_pb2_grpc.PrefillServicer):
         if first is None:
             return
         submit = self._admit(first)
+        board.hit(Step.PREFILL_ACCEPT)
         attempt = _Attempt(self, submit)
         self.attempts += 1
         reader = asyncio.create_task(attempt.read_wire(request_iterator))
@@ -156,10 +158,13 @@ class _Attempt:
         while True:
             for effect in await self._next_effects():
                 if isinstance(effect, SendStarted):
+                    board.hit(Step.PREFILL_START)
                     yield kv_pb2.PrefillToDecode(started=kv_pb2.Started())
                 elif isinstance(effect, SendOffers):
+                    board.hit(Step.PREFILL_OFFER)
                     yield await self._service.offers(effect)
                 elif isinstance(effect, SendFinished):
+                    board.hit(Step.PREFILL_FINISH)
                     yield self._finished(effect.tokens)
                 elif isinstance(effect, Post):
                     self._service.post(effect.command)

@@ -134,6 +134,24 @@ class FlushResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class ArmFaultRequest(_message.Message):
+    __slots__ = ("step", "action", "nth", "seconds")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    ACTION_FIELD_NUMBER: _ClassVar[int]
+    NTH_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    step: str
+    action: str
+    nth: int
+    seconds: float
+    def __init__(self, step: _Optional[str] = ..., action: _Optional[str] = ..., nth: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
+
+class ArmFaultResponse(_message.Message):
+    __slots__ = ("fired",)
+    FIRED_FIELD_NUMBER: _ClassVar[int]
+    fired: int
+    def __init__(self, fired: _Optional[int] = ...) -> None: ...
+
 class StartAttempt(_message.Message):
     __slots__ = ("attempt_id", "request_id", "tokens", "sampling", "remaining_ms", "expected_incarnation", "priority", "prefill", "skip_reason", "strict")
     ATTEMPT_ID_FIELD_NUMBER: _ClassVar[int]

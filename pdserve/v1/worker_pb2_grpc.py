@@ -60,6 +60,11 @@ class WorkerStub:
                 request_serializer=pdserve_dot_v1_dot_worker__pb2.FlushRequest.SerializeToString,
                 response_deserializer=pdserve_dot_v1_dot_worker__pb2.FlushResponse.FromString,
                 _registered_method=True)
+        self.ArmFault = channel.unary_unary(
+                '/pdserve.v1.Worker/ArmFault',
+                request_serializer=pdserve_dot_v1_dot_worker__pb2.ArmFaultRequest.SerializeToString,
+                response_deserializer=pdserve_dot_v1_dot_worker__pb2.ArmFaultResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer:
@@ -98,6 +103,13 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ArmFault(self, request, context):
+        """Only where testing.faults is set.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -125,6 +137,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Flush,
                     request_deserializer=pdserve_dot_v1_dot_worker__pb2.FlushRequest.FromString,
                     response_serializer=pdserve_dot_v1_dot_worker__pb2.FlushResponse.SerializeToString,
+            ),
+            'ArmFault': grpc.unary_unary_rpc_method_handler(
+                    servicer.ArmFault,
+                    request_deserializer=pdserve_dot_v1_dot_worker__pb2.ArmFaultRequest.FromString,
+                    response_serializer=pdserve_dot_v1_dot_worker__pb2.ArmFaultResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -263,6 +280,33 @@ class Worker:
             '/pdserve.v1.Worker/Flush',
             pdserve_dot_v1_dot_worker__pb2.FlushRequest.SerializeToString,
             pdserve_dot_v1_dot_worker__pb2.FlushResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ArmFault(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pdserve.v1.Worker/ArmFault',
+            pdserve_dot_v1_dot_worker__pb2.ArmFaultRequest.SerializeToString,
+            pdserve_dot_v1_dot_worker__pb2.ArmFaultResponse.FromString,
             options,
             channel_credentials,
             insecure,

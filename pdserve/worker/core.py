@@ -90,6 +90,7 @@ class WorkerCore:
                 self.load,
                 ports.clear_tiers,
                 self.boot.config.timers.heartbeat_s,
+                self.boot.config.testing.faults,
             )
             worker_pb2_grpc.add_WorkerServicer_to_server(self._service, server)
             add_services(server, facts)

@@ -7,8 +7,9 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 import grpc
 
+from pdserve import faults
 from pdserve.engine import api
-from pdserve.errors import InvalidRequest
+from pdserve.errors import InvalidRequest, PermissionDenied
 from pdserve.rpc import convert
 from pdserve.types import Load, Tier, WorkerFacts
 from pdserve.v1 import worker_pb2, worker_pb2_grpc
@@ -28,12 +29,14 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         load: Callable[[], Load],
         clear_tiers: ClearTiers,
         heartbeat_s: float,
+        accept_faults: bool,
     ) -> None:
         self._bridge = bridge
         self._facts = facts
         self._load = load
         self._clear_tiers = clear_tiers
         self._heartbeat_s = heartbeat_s
+        self._faults = accept_faults
         self.draining = False
 
     async def Describe(
@@ -66,6 +69,16 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self.draining = not request.undo
         return worker_pb2.DrainResponse()
 
+    async def ArmFault(
+        self, request: worker_pb2.ArmFaultRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.ArmFaultResponse:
+        """Without a step: tells how many faults struck."""
+        if not self._faults:
+            raise PermissionDenied("faults are armed only where testing.faults is set")
+        if request.step:
+            faults.board.arm(fault_from_wire(request))
+        return worker_pb2.ArmFaultResponse(fired=faults.board.fired)
+
     async def Flush(
         self, request: worker_pb2.FlushRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.FlushResponse:
@@ -90,3 +103,11 @@ def flush_tiers(names: Sequence[str]) -> list[Tier]:
                 f"tiers: {name!r}; allowed are {', '.join(allowed)}", param="tiers"
             )
     return [allowed[name] for name in names]
+
+
+def fault_from_wire(request: worker_pb2.ArmFaultRequest) -> faults.Fault:
+    try:
+        step, action = faults.Step(request.step), faults.Action(request.action)
+    except ValueError as error:
+        raise InvalidRequest(str(error)) from error
+    return faults.Fault(step, action, max(1, request.nth), request.seconds)
