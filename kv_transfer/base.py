@@ -46,7 +46,7 @@ class BlockOffer:
     index: int  # position in the prompt's block list
     block: int  # block number in the offering pool
     generation: int  # of that block when it was offered
-    checksum: int  # xxh3-64 of the span
+    checksum: int  # of the span, by the offering pool's algorithm (kv_transfer/checksum.py)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,10 +15,12 @@ from kv_transfer.checksum import checksum_for
 from kv_transfer.cudart import export_handle
 from kv_transfer.host import host_id
 from kv_transfer.nccl import nccl_links
+from kv_transfer.plan import split_reads
 from kv_transfer.server import TransferServer
 from kv_transfer.serving import ServerStats
 from kv_transfer.session import Identity
 from kv_transfer.slots import LinkFactory
+from kv_transfer.spans import STAGING_BYTES
 from pdserve.engine.memory import MemoryKind, PoolMemory
 from pdserve.errors import ConfigError, TransferError
 from pdserve.types import Fingerprint, Transport
@@ -105,7 +107,11 @@ class PoolExporter:
                 raise TransferError(f"no block {block} in a pool of {self._pool.num_blocks}")
         if self._pool.kind is MemoryKind.SHARED:
             return [self._checksum.of_span(self._pool.block_bytes(block)) for block in blocks]
-        return self._checksum.of_rows(self._pool.blocks[list(blocks)])
+        sums: list[int] = []
+        # Gathering takes device memory; a little at a time.
+        for part in split_reads(len(blocks), self._pool.span_bytes, STAGING_BYTES, len(blocks)):
+            sums += self._checksum.of_rows(self._pool.blocks[list(blocks[part])])
+        return sums
 
 
 def _offered(

@@ -14,7 +14,7 @@ import functools
 import importlib.util
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -143,7 +143,9 @@ class NcclLinks:
         _check(self._library, "ncclGetUniqueId", self._library.ncclGetUniqueId(value))
         return bytes(value)
 
-    def connect(self, link_id: bytes, rank: int, deadline: float) -> NcclLink:
+    def connect(
+        self, link_id: bytes, rank: int, deadline: float, check_peer: Callable[[], None]
+    ) -> NcclLink:
         assert len(link_id) == LINK_ID_BYTES
         torch.cuda.set_device(self._device)  # of this thread, which owns the link
         comm = ctypes.c_void_p()
@@ -156,7 +158,7 @@ class NcclLinks:
         )
         link = NcclLink(self._library, comm, rank, self._device)
         try:
-            link.settle("ncclCommInitRankConfig", status, deadline)
+            link.settle("ncclCommInitRankConfig", status, deadline, check_peer)
         except (TransferError, DeadlineExceeded):
             link.abort()
             raise
@@ -204,13 +206,17 @@ class NcclLink:
         if status not in {_SUCCESS, _IN_PROGRESS}:
             _log.warning("ncclCommAbort failed: %s", _text(self._library, status))
 
-    def settle(self, call: str, status: int, deadline: float) -> None:
+    def settle(
+        self, call: str, status: int, deadline: float, check_peer: Callable[[], None] | None = None
+    ) -> None:
         """Waits until a call that is under way has been taken by the library."""
         if status not in {_SUCCESS, _IN_PROGRESS}:
             _check(self._library, call, status)
         while self._state(call) == _IN_PROGRESS:
             if time.monotonic() > deadline:
                 raise DeadlineExceeded(f"{call} did not end in time")
+            if check_peer is not None:
+                check_peer()
             time.sleep(_POLL_SECONDS)
 
     def _start(self, call: str, slot: torch.Tensor) -> None:

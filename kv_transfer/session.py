@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import hmac
 import os
+import select
 import socket
 import struct
 import time
@@ -44,7 +45,7 @@ class Identity:
 
 
 class Channel:
-    """A connected socket that moves frames and raw spans. Used by one thread; ``interrupt`` by any.
+    """A connected socket that moves frames and raw spans. Used by one thread at a time.
 
     Errors: DeadlineExceeded when time is up, ProtocolError for a bad frame, TransferError when the
     connection is lost.
@@ -98,18 +99,16 @@ class Channel:
         return time.monotonic()
 
     def check_alive(self) -> None:
-        """Raises TransferError when the peer has closed the connection. Consumes nothing."""
-        with _lost_peer():
-            self._sock.setblocking(False)
-            try:
-                data = self._sock.recv(1, socket.MSG_PEEK)
-            except BlockingIOError:
-                return  # nothing to say, but there
-        if not data:
+        """Raises TransferError when the peer has closed the connection. Any thread."""
+        number = self._sock.fileno()
+        poll = select.poll()
+        if number >= 0:
+            poll.register(number, select.POLLRDHUP)
+        if number < 0 or poll.poll(0):
             raise TransferError("the peer closed the transfer connection")
 
     def interrupt(self) -> None:
-        """Makes whatever waits on the connection fail at once."""
+        """Makes whatever waits on the connection fail at once. Any thread."""
         # Already disconnected: then nothing waits.
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)

@@ -120,6 +120,10 @@ class SlotReader:
         return ReadReport(moved, read.first_byte, read.last_byte)
 
     def peer_alive(self) -> bool:
+        try:
+            self._channel.check_alive()
+        except TransferError:
+            return False
         return self.usable
 
     def interrupt(self) -> None:
@@ -160,7 +164,7 @@ class SlotReader:
             if isinstance(code, Code):
                 raise error_of(code, 0)
             raise ProtocolError(f"expected a link's id, got {type(answer).__name__}")
-        link = links.connect(answer.value, READER_RANK, deadline)
+        link = links.connect(answer.value, READER_RANK, deadline, self._channel.check_alive)
         try:
             status = self._receive_status(0, deadline)
             if status.code is not Code.OK:

@@ -79,8 +79,13 @@ class LinkFactory(Protocol):
         """LINK_ID_BYTES that name a link to both of its ranks."""
         ...
 
-    def connect(self, link_id: bytes, rank: int, deadline: float) -> SlotLink:
-        """Returns when both ranks are there; TransferError or DeadlineExceeded otherwise."""
+    def connect(
+        self, link_id: bytes, rank: int, deadline: float, check_peer: Callable[[], None]
+    ) -> SlotLink:
+        """Returns when both ranks are there; TransferError or DeadlineExceeded otherwise.
+
+        ``check_peer`` is called again and again meanwhile and raises when the peer is gone.
+        """
         ...
 
 
@@ -137,7 +142,9 @@ class SlotSender:
             assert len(link_id) == LINK_ID_BYTES
             self._channel.send(LinkId(link_id), time.monotonic() + FRAME_SECONDS)
             deadline = time.monotonic() + SETUP_SECONDS
-            self._link = self._links.connect(link_id, SERVER_RANK, deadline)
+            self._link = self._links.connect(
+                link_id, SERVER_RANK, deadline, self._channel.check_alive
+            )
         except (TransferError, DeadlineExceeded):
             self._status(0, Code.LINK)
             raise

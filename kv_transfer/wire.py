@@ -43,8 +43,6 @@ MAGIC = b"PDKV"
 WIRE_VERSION = 1
 HEADER = struct.Struct("<4sBBHI")
 NONCE_BYTES = 32
-PROOF_BYTES = 32
-FINGERPRINT_BYTES = 32
 LINK_ID_BYTES = 128
 # Blocks that one Read, Check or SlotRead names at most.
 MAX_ENTRIES = 4096

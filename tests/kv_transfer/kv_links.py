@@ -7,7 +7,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -32,13 +32,15 @@ class SocketLinks:
         self._listeners[link_id] = listener
         return link_id
 
-    def connect(self, link_id: bytes, rank: int, deadline: float) -> SocketLink:
+    def connect(
+        self, link_id: bytes, rank: int, deadline: float, check_peer: Callable[[], None]
+    ) -> SocketLink:
         left = max(0.01, deadline - time.monotonic())
         try:
             if rank == 0:
                 with self._listeners.pop(link_id) as listener:
-                    listener.settimeout(left)
-                    sock, _ = listener.accept()
+                    listener.settimeout(0.01)
+                    sock = self._accept(listener, deadline, check_peer)
             else:
                 sock = socket.socket()
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
@@ -49,6 +51,17 @@ class SocketLinks:
         except OSError as error:
             raise TransferError(f"no link: {error}") from error
         return SocketLink(sock)
+
+    def _accept(
+        self, listener: socket.socket, deadline: float, check_peer: Callable[[], None]
+    ) -> socket.socket:
+        while True:
+            check_peer()
+            try:
+                return listener.accept()[0]
+            except TimeoutError:
+                if time.monotonic() > deadline:
+                    raise
 
 
 class SocketLink:

@@ -27,6 +27,7 @@ import torch
 import kv_transfer.serving
 from kv_transfer.base import BlockOffer, Endpoint
 from kv_transfer.exporter import PoolExporter
+from kv_transfer.host import MULTI_RANK_VARIABLE
 from kv_transfer.serving import ServerStats
 from pdserve.engine.memory import PoolMemory, allocate_cuda, allocate_shared
 from pdserve.types import Fingerprint, Incarnation, Transport
@@ -79,6 +80,8 @@ class _Server:
 
     def __init__(self, setup: PeerSetup) -> None:
         kv_transfer.serving.HANDSHAKE_SECONDS = setup.handshake_seconds
+        if setup.device != "cpu":
+            os.environ[MULTI_RANK_VARIABLE] = "1"
         self._setup = setup
         self._pool = new_pool(setup.num_blocks, setup.span_bytes, setup.device)
         links = kv_links.SocketLinks() if setup.socket_links else None
