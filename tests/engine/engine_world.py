@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -44,7 +44,12 @@ class BrokenStep(Exception):
 
 
 class BrittleRunner(SyntheticRunner):
-    """Breaks on rows that hold a poisoned token, or by chance; keeps the last step's rows."""
+    """Breaks on rows that hold a poisoned token, or by chance; keeps the last step's rows.
+
+    ``shared`` tells blocks that others can find: no row may write into one.
+    """
+
+    shared: Callable[[int], bool]
 
     poison: int | None = None
     chance: float = 0.0
@@ -56,6 +61,10 @@ class BrittleRunner(SyntheticRunner):
         if self.rng.random() < self.chance:
             super().step(rows[: len(rows) // 2])
             raise BrokenStep("bad luck")
+        for row in rows:
+            end = -(-(row.start + len(row.tokens)) // self._block_size)
+            written = row.block_table[row.start // self._block_size : end]
+            assert not any(self.shared(int(block)) for block in written)
         self.rows = list(rows)
         return super().step(rows)
 
@@ -98,6 +107,7 @@ class World:
             max_model_len=self.max_model_len,
             clock=lambda: self.now,
         )
+        self.runner.shared = self.engine._scheduler.kv.pool.is_indexed
 
     def _sink(self, events: Sequence[Event]) -> None:
         self.batches.append(list(events))

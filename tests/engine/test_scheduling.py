@@ -183,6 +183,35 @@ def test_when_blocks_run_out_the_youngest_makes_room() -> None:
     world.assert_quiet()
 
 
+def test_the_oldest_waits_for_blocks_that_others_hold() -> None:
+    """With nothing to preempt it keeps what it has, and goes on once a block is given back."""
+    world = World(num_blocks=8)
+    held = world.submit(prompt(20), Job.PREFILL)
+    running = world.submit(prompt(9, 1), max_tokens=9)
+    world.turn(20)
+    said = len(world.stream(running))
+    assert said == 4  # 3 blocks hold 12 tokens, the last one sampled has none
+    steps = world.engine.snapshot().steps
+    world.turn(20)
+    counts = world.engine.snapshot()
+    assert (counts.steps, counts.running, counts.preemptions) == (steps, 1, 0)
+    world.post(Release(held))
+    world.run()
+    assert world.stream(running) == world.expected(running)
+    world.assert_quiet()
+
+
+def test_stop_ids_wait_for_min_tokens() -> None:
+    world = World()
+    stops = tuple(range(25))
+    plain = world.submit(prompt(5), max_tokens=30, stop_token_ids=stops)
+    patient = world.submit(prompt(5), max_tokens=30, stop_token_ids=stops, min_tokens=12)
+    world.run()
+    assert len(world.stream(plain)) < 12 < len(world.stream(patient))
+    for seq in (plain, patient):
+        assert world.stream(seq) == world.expected(seq)
+
+
 def test_priority_goes_before_arrival() -> None:
     world = World(max_running=1)
     late = world.submit(prompt(5), priority=1)

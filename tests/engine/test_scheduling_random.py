@@ -157,7 +157,8 @@ class Peers:
             priority=rng.choice([0, 0, 0, 1, -1]),
             deadline=world.now + rng.choice([5.0, 100.0, float("inf")]),
             bypass=rng.random() < 0.1,
-            stop_token_ids=tuple(rng.sample(range(MODEL.vocab_size), rng.choice([0, 2]))),
+            min_tokens=rng.choice([0, 0, 6]),
+            stop_token_ids=tuple(rng.sample(range(MODEL.vocab_size), rng.choice([0, 2, 20]))),
             prompt_logprobs=1 if rng.random() < 0.1 else None,
         )
         assert world.submitted[seq]
