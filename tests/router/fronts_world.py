@@ -278,8 +278,10 @@ def running_world(
     model: ModelConfig | None = None,
     grpc_port: int = 0,
     dispatcher: ScriptedDispatcher | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Iterator[World]:
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    """``tokenizer``: the world's own; the fronts read theirs from the folder."""
+    tokenizer = tokenizer or Tokenizer.from_file(str(folder / "tokenizer.json"))
     eos = tokenizer.token_to_id("<|im_end|>")
     if dispatcher is None:
         dispatcher = ScriptedDispatcher(default_script, tokenizer.get_vocab_size(), eos)
