@@ -77,6 +77,14 @@ def _redis_reachable(config: Config) -> str:
     )
 
 
+def _ray_address(config: Config) -> str:
+    address = config.pools.ray_address
+    host, _, port = address.rpartition(":")
+    if address in ("local", "auto") or (host and "/" not in host and port.isdecimal()):
+        return ""
+    return f"pools.ray_address = {address!r}: expected local, auto or host:port"
+
+
 def _ports_differ(config: Config) -> str:
     router = config.router
     if router.http_port != router.grpc_port or router.http_port == 0:
@@ -106,6 +114,7 @@ RULES: tuple[Callable[[Config], str], ...] = (
     _exact_is_wide,
     _tls_pair,
     _redis_url,
+    _ray_address,
     _redis_reachable,
     _ports_differ,
     _timers_order,

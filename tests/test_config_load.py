@@ -128,6 +128,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         (["cache.redis.mode=url"], "needs cache.redis.url"),
         (["cache.redis.url=redis://h"], "set the mode to url"),
         (["pools.ray_address=10.0.0.1:6379"], "cache.redis.mode"),
+        (["pools.ray_address=ray://host:1"], "local, auto or host:port"),
         (["router.http_port=9", "router.grpc_port=9"], "take two ports"),
         (["timers.dead_after_s=0.5"], "must exceed"),
         (["router.strict=true", "pools.prefill=0"], "prefill"),

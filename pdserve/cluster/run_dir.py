@@ -87,12 +87,6 @@ def state_dir_of(config: Config) -> Path:
     return (Path.home() / ".cache" / "pdserve" / "clusters" / config.name).resolve()
 
 
-def model_cache_of(config: Config) -> Path:
-    if config.model_cache:
-        return Path(config.model_cache).expanduser().resolve()
-    return Path.home() / ".cache" / "pdserve" / "models"
-
-
 def open_run(config: Config) -> Run:
     """Takes the cluster's name on this machine and cleans up after a killed run of it.
 

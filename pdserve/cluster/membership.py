@@ -1,0 +1,243 @@
+"""Keeps the router told who exists: asks the actors, pushes the whole truth when it changed.
+
+Of one worker:
+    UNKNOWN -described-> PRESENT -actor gone-> ABSENT -described, new incarnation-> PRESENT
+            -told why not-> FAILED -restarted-> ...
+
+An actor is asked again only when it answered the last time, so a frozen one costs one pending call
+and holds up nobody; the router's own heartbeats judge it. While Ray's control plane does not
+answer, nobody is declared gone: what the router knows stays as it is and streams run on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import grpc
+import ray
+from ray.exceptions import RayActorError, RayError
+
+from pdserve.cluster.actor import StartFailure
+from pdserve.config import TimersConfig
+from pdserve.errors import ConfigError
+from pdserve.rpc.channels import make_channel
+from pdserve.rpc.convert import worker_facts_to_proto
+from pdserve.types import WorkerFacts, WorkerId
+from pdserve.v1 import worker_pb2, worker_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+# A worker that came to exist, or went, is known to the router within about this.
+POLL_S = 0.25
+STARTING_POLL_S = 0.05
+RESTART_POLL_MAX_S = 10.0
+REPUSH_S = 10.0
+CONTROL_PLANE_TIMEOUT_S = 2.0
+
+
+class Router(Protocol):
+    """What membership needs to know of the router's process."""
+
+    @property
+    def generation(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What is known of one worker."""
+
+    facts: WorkerFacts | None = None
+    failure: StartFailure | None = None
+    deaths: int = 0
+    fruitless: int = 0  # deaths, or refused calls, since it was last present
+
+
+def _pause(seen: Seen) -> float:
+    """Seconds until the next question, which may begin another start."""
+    if seen.facts is not None:
+        return POLL_S
+    return min(RESTART_POLL_MAX_S, STARTING_POLL_S * 2.0 ** min(seen.fruitless, 20))
+
+
+class Membership:
+    """Owns a thread with an event loop. ``seen`` and ``wait`` may be called from anywhere."""
+
+    def __init__(
+        self,
+        actors: Mapping[WorkerId, Any],
+        router: Router,
+        internal_address: Callable[[], str],
+        cluster_token: str,
+        timers: TimersConfig,
+        note: Callable[[str], None],
+    ) -> None:
+        self._actors = dict(actors)
+        self._router = router
+        self._internal_address = internal_address
+        self._token = cluster_token
+        self._timers = timers
+        self._note = note
+        self._seen = {worker: Seen() for worker in actors}
+        self._changed = threading.Condition()
+        # The router's generation, and the workers that it was told of.
+        self._pushed: tuple[int, tuple[WorkerFacts, ...]] = (0, ())
+        self._loop = asyncio.new_event_loop()
+        self._stop = asyncio.Event()
+        self._poke = asyncio.Event()
+        # One thread: calls to Ray's control plane block while it is away.
+        self._control = ThreadPoolExecutor(1, "ray-control")
+        self._control_call: asyncio.Future[Any] | None = None
+        self._thread = threading.Thread(target=self._run, name="membership", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """May be called twice, and before ``start``."""
+        if self._loop.is_closed():
+            return
+        if self._thread.ident is not None:
+            self._loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join()
+        self._loop.close()
+        self._control.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def seen(self) -> Mapping[WorkerId, Seen]:
+        with self._changed:
+            return dict(self._seen)
+
+    def workers(self) -> tuple[WorkerFacts, ...]:
+        """Those that exist now, in the order of the plan."""
+        return tuple(seen.facts for seen in self.seen.values() if seen.facts is not None)
+
+    def wait(self, done: Callable[[Mapping[WorkerId, Seen]], bool], timeout_s: float) -> bool:
+        """Waits until ``done`` holds of what is seen, and the router was told of all of it."""
+        limit = time.monotonic() + timeout_s
+        with self._changed:
+            while not (done(self._seen) and self._is_pushed()):
+                left = limit - time.monotonic()
+                if left <= 0 or not self._thread.is_alive():
+                    return False
+                self._changed.wait(min(left, 0.5))
+            return True
+
+    def _is_pushed(self) -> bool:
+        present = tuple(seen.facts for seen in self._seen.values() if seen.facts is not None)
+        return self._pushed == (self._router.generation, present)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_until_complete(self._main())
+
+    async def _main(self) -> None:
+        tasks = [asyncio.create_task(self._watch(worker)) for worker in self._actors]
+        tasks.append(asyncio.create_task(self._push_changes()))
+        stop = asyncio.create_task(self._stop.wait())
+        try:
+            # A watcher never ends by itself; if one does, its error must not be lost.
+            done, _ = await asyncio.wait([*tasks, stop], return_when=asyncio.FIRST_COMPLETED)
+            for task in done - {stop}:
+                task.result()
+        finally:
+            for task in (*tasks, stop):
+                task.cancel()
+            await asyncio.gather(*tasks, stop, return_exceptions=True)
+
+    async def _watch(self, worker: WorkerId) -> None:
+        while True:
+            try:
+                answer = await asyncio.wrap_future(self._actors[worker].describe.remote().future())
+            except RayActorError:
+                if await self._control_plane_answers():
+                    self._set_gone(worker)
+            except RayError as error:
+                logger.warning("%s: asking it failed: %s", worker, type(error).__name__)
+            else:
+                if isinstance(answer, WorkerFacts):
+                    self._set_present(worker, answer)
+                else:
+                    self._set_failed(worker, answer)
+            await asyncio.sleep(_pause(self._seen[worker]))
+
+    def _set(self, worker: WorkerId, seen: Seen) -> None:
+        with self._changed:
+            self._seen[worker] = seen
+            self._changed.notify_all()
+        self._poke.set()
+
+    def _set_present(self, worker: WorkerId, facts: WorkerFacts) -> None:
+        before = self._seen[worker]
+        if before.facts == facts:
+            return
+        replaced = before.facts is not None and before.facts.incarnation != facts.incarnation
+        deaths = before.deaths + (1 if replaced else 0)
+        if deaths:
+            self._note(f"{worker} serves again (pid {facts.pid})")
+        self._set(worker, Seen(facts, None, deaths))
+
+    def _set_gone(self, worker: WorkerId) -> None:
+        before = self._seen[worker]
+        if before.facts is not None or not before.deaths:
+            self._note(f"{worker} died")
+        fruitless = before.fruitless + (1 if before.facts is None else 0)
+        gone = Seen(None, before.failure, before.deaths + 1, fruitless)
+        self._set(worker, gone)
+
+    def _set_failed(self, worker: WorkerId, failure: StartFailure) -> None:
+        before = self._seen[worker]
+        if before.failure == failure:
+            return
+        self._note(f"{worker} does not start: {failure.message}")
+        self._set(worker, replace(before, facts=None, failure=failure))
+
+    async def _control_plane_answers(self) -> bool:
+        loop = asyncio.get_running_loop()
+        if self._control_call is None or self._control_call.done():
+            self._control_call = loop.run_in_executor(self._control, ray.nodes)
+        call = asyncio.shield(self._control_call)
+        try:
+            await asyncio.wait_for(call, CONTROL_PLANE_TIMEOUT_S)
+        except (TimeoutError, RayError, RuntimeError, ConnectionError):
+            return False
+        return True
+
+    async def _push_changes(self) -> None:
+        while True:
+            self._poke.clear()
+            pushed = await self._push()
+            # A router that restarted shows by its generation alone.
+            waits = REPUSH_S if pushed else STARTING_POLL_S
+            generation, limit = self._router.generation, time.monotonic() + waits
+            while time.monotonic() < limit and self._router.generation == generation:
+                try:
+                    await asyncio.wait_for(self._poke.wait(), STARTING_POLL_S)
+                except TimeoutError:
+                    continue
+                break
+
+    async def _push(self) -> bool:
+        generation, workers = self._router.generation, self.workers()
+        if generation == 0:
+            return False
+        request = worker_pb2.SetWorkersRequest(workers=[worker_facts_to_proto(w) for w in workers])
+        async with make_channel(self._internal_address(), self._token) as channel:
+            stub = worker_pb2_grpc.MembershipStub(channel)
+            try:
+                await stub.SetWorkers(request, timeout=self._timers.dead_after_s)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+                    raise ConfigError("the router refuses the cluster's token") from error
+                logger.warning("telling the router of its workers failed: %s", error.code().name)
+                return False
+        with self._changed:
+            self._pushed = (generation, workers)
+            self._changed.notify_all()
+        return True

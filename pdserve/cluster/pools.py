@@ -1,0 +1,175 @@
+"""Which workers a configuration asks for, and their actors in Ray.
+
+plan_pools (pure) -> Pools.create -> ... Pools.kill (Ray restarts it) ... -> Pools.stop
+
+An actor is detached, named after its worker in the cluster's namespace, and sits in a placement
+group of its own, so that a worker of several devices can later be placed as one.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from pdserve.cluster.actor import ActorBoot, WorkerActor
+from pdserve.config import Config
+from pdserve.errors import ConfigError
+from pdserve.types import Role, WorkerId
+from pdserve.worker.boot import WorkerBoot
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerPlan:
+    """One worker to be."""
+
+    id: WorkerId
+    role: Role
+    gpus: float  # share of a GPU; 0 runs on the CPU
+    sharing: int  # workers, this one included, that share its memory
+
+
+def counts(config: Config) -> dict[Role, int]:
+    pools = config.pools
+    return {Role.PREFILL: pools.prefill, Role.DECODE: pools.decode, Role.MIXED: pools.mixed}
+
+
+def plan_pools(config: Config, gpus: float, nodes: int) -> tuple[WorkerPlan, ...]:
+    """The workers of a cluster on ``nodes`` hosts with ``gpus`` in all.
+
+    Workers share GPUs evenly when there are fewer GPUs than workers. ConfigError without any GPU
+    where one is asked for.
+    """
+    wanted = counts(config)
+    total = sum(wanted.values())
+    share, sharing = 0.0, max(1, math.ceil(total / max(1, nodes)))
+    if config.pools.gpus_per_worker:
+        if gpus < 1:
+            raise ConfigError("pools.gpus_per_worker = 1, but Ray finds no GPU here")
+        sharing = max(1, math.ceil(total / math.floor(gpus)))
+        share = 1.0 if sharing == 1 else math.floor(1000 / sharing) / 1000
+    return tuple(
+        WorkerPlan(WorkerId(f"{role.value}-{index}"), role, share, sharing)
+        for role, count in wanted.items()
+        for index in range(count)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSpec:
+    """What all workers of a cluster have in common."""
+
+    config: Config
+    node: str  # empty: each finds out where Ray put it
+    host: str
+    model_path: str
+    cluster_token: str
+    hash_key: bytes
+    redis_url: str
+    threads: int
+    logs: Path | None  # None leaves output to Ray
+    modules: Mapping[Role, str]  # where each role's start_worker is
+
+
+def namespace_of(config: Config) -> str:
+    return f"pdserve-{config.name}"
+
+
+class Pools:
+    """Owns the actors. Not thread-safe: the supervisor calls it."""
+
+    def __init__(self, spec: PoolSpec, plans: Sequence[WorkerPlan]) -> None:
+        self._spec = spec
+        self.plans = tuple(plans)
+        self.actors: dict[WorkerId, Any] = {}
+        self._groups: list[PlacementGroup] = []
+
+    def create(self) -> None:
+        """Asks Ray for all actors at once and returns; they start side by side."""
+        self._end_leftovers()
+        for plan in self.plans:
+            group = placement_group([_bundle(plan)], lifetime="detached")
+            self._groups.append(group)
+            actor = self._actor(plan, group)
+            # The start begins with the first question; membership asks again and hears the answer.
+            actor.describe.remote()
+            self.actors[plan.id] = actor
+
+    def kill(self, worker: WorkerId) -> None:
+        """Ends a worker at once; Ray starts it anew, where workers are restarted."""
+        ray.kill(self.actors[worker], no_restart=not self._spec.config.pools.restart_workers)
+
+    def stop(self, drain_s: float, timeout_s: float) -> None:
+        """Lets all workers end side by side, then ends those that did not."""
+        calls = [actor.stop.remote(drain_s) for actor in self.actors.values()]
+        if calls:
+            ray.wait(calls, num_returns=len(calls), timeout=timeout_s)
+        for actor in self.actors.values():
+            ray.kill(actor, no_restart=True)
+        for group in self._groups:
+            remove_placement_group(group)
+        self.actors.clear()
+        self._groups.clear()
+
+    def _actor(self, plan: WorkerPlan, group: PlacementGroup) -> Any:
+        restarts = -1 if self._spec.config.pools.restart_workers else 0
+        options: dict[str, Any] = {
+            "name": str(plan.id),
+            "namespace": namespace_of(self._spec.config),
+            "lifetime": "detached",
+            # Two cores hold more than two workers; threads are set by the worker itself.
+            "num_cpus": 0,
+            "num_gpus": plan.gpus,
+            "resources": {plan.role.value: 1},
+            "max_restarts": restarts,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(group, 0),
+        }
+        return ray.remote(WorkerActor).options(**options).remote(self._boot(plan))
+
+    def _boot(self, plan: WorkerPlan) -> ActorBoot:
+        spec = self._spec
+        worker = WorkerBoot(
+            config=spec.config,
+            worker_id=plan.id,
+            role=plan.role,
+            node=spec.node,
+            host=spec.host,
+            model_path=spec.model_path,
+            pool_blocks=spec.config.engine.pool_blocks,
+            cluster_token=spec.cluster_token,
+            hash_key=spec.hash_key,
+            redis_url=spec.redis_url,
+            # Ray shows a worker its own GPU alone.
+            device="cuda:0" if plan.gpus else "cpu",
+            threads=spec.threads,
+            workers_on_host=plan.sharing,
+        )
+        log = str(spec.logs / f"{plan.id}.log") if spec.logs is not None else ""
+        return ActorBoot(worker, spec.modules[plan.role], log)
+
+    def _end_leftovers(self) -> None:
+        """Ends actors that a killed run left in a joined Ray; the name's lock is ours."""
+        namespace = namespace_of(self._spec.config)
+        named = ray.util.list_named_actors(all_namespaces=True)
+        left = [entry["name"] for entry in named if entry["namespace"] == namespace]
+        for name in left:
+            ray.kill(ray.get_actor(name, namespace), no_restart=True)
+        limit = time.monotonic() + 10
+        while left and time.monotonic() < limit:
+            names = ray.util.list_named_actors(all_namespaces=True)
+            left = [entry["name"] for entry in names if entry["namespace"] == namespace]
+            time.sleep(0.05)
+
+
+def _bundle(plan: WorkerPlan) -> dict[str, float]:
+    bundle = {plan.role.value: 1.0}
+    if plan.gpus:
+        bundle["GPU"] = plan.gpus
+    return bundle

@@ -1,0 +1,93 @@
+"""What the router tells over its public HTTP front, as the owner of a cluster asks for it."""
+
+from __future__ import annotations
+
+import json
+import ssl
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pdserve.config import SecurityConfig
+from pdserve.errors import ConfigError, WorkerLost
+
+_ANSWER_BYTES_MAX = 16 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """How to call a front that this machine serves."""
+
+    url: str  # scheme://host:port
+    api_key: str = ""  # empty: none
+    certificate: str = ""  # the front's own, PEM file; empty: plain HTTP
+
+
+def local_address(listening: str) -> str:
+    """``host:port`` to reach a server on this machine that listens there."""
+    host, _, port = listening.rpartition(":")
+    return f"{ {'0.0.0.0': '127.0.0.1', '[::]': '[::1]'}.get(host, host) }:{port}"
+
+
+def first_api_key(security: SecurityConfig) -> str:
+    """The key that the cluster's owner calls with; empty where none is needed."""
+    for name in security.api_key_files:
+        try:
+            lines = Path(name).expanduser().read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"the API key file {name} cannot be read: {error}") from error
+        for line in lines:
+            if line.strip() and not line.startswith("#"):
+                return line.strip()
+    return ""
+
+
+def access_to(http_address: str, security: SecurityConfig) -> Access:
+    scheme = "https" if security.tls_cert else "http"
+    url = f"{scheme}://{local_address(http_address)}"
+    return Access(url, first_api_key(security), security.tls_cert)
+
+
+def get(access: Access, path: str, timeout_s: float = 5.0) -> tuple[int, bytes]:
+    """Status and body of a GET. WorkerLost when the router cannot be reached."""
+    request = urllib.request.Request(access.url + path)  # noqa: S310  (our own http or https)
+    if access.api_key:
+        request.add_header("authorization", f"Bearer {access.api_key}")
+    opener = urllib.request.build_opener(
+        urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=_context(access))
+    )
+    try:
+        with opener.open(request, timeout=timeout_s) as answer:
+            return int(answer.status), answer.read(_ANSWER_BYTES_MAX)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read(_ANSWER_BYTES_MAX)
+    except (OSError, ValueError) as error:  # URLError and time-outs are OSErrors
+        raise WorkerLost(f"the router at {access.url} does not answer: {error}") from error
+
+
+def _context(access: Access) -> ssl.SSLContext | None:
+    """Trusts the one certificate that we serve with, under whatever name it has."""
+    if not access.certificate:
+        return None
+    try:
+        context = ssl.create_default_context(cafile=access.certificate)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"TLS certificate {access.certificate}: {error}") from error
+    context.check_hostname = False
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    return context
+
+
+def workers(access: Access) -> list[dict[str, Any]]:
+    """The router's view of the workers. WorkerLost when it does not answer as it should."""
+    status, body = get(access, "/workers")
+    try:
+        data = json.loads(body)["workers"] if status == 200 else None
+    except (ValueError, KeyError, TypeError):
+        data = None
+    if not isinstance(data, list) or not all(isinstance(item, dict) for item in data):
+        raise WorkerLost(f"GET {access.url}/workers answered {status} without a list of workers")
+    return data

@@ -1,0 +1,378 @@
+"""One cluster on this machine, from nothing to serving and back.
+
+start_cluster: run opened, ports free
+               -> Redis, the model and Ray side by side -> router as soon as the model is there
+               -> actors -> all described, and the router told -> Cluster
+Cluster.stop:  router (drains) -> membership -> workers -> Ray -> Redis -> sweep -> run closed
+
+Whatever fails or is interrupted on the way up goes the way down from there. The way down ends with
+a look for marked processes, and returns only when none is left.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from pdserve.cluster import orphans, ray_node, router_view
+from pdserve.cluster.child import tail_of
+from pdserve.cluster.ports import check_free
+from pdserve.cluster.progress import Progress, Silent
+from pdserve.cluster.ray_node import LOCAL, RayNode
+from pdserve.cluster.redis_server import RedisServer
+from pdserve.cluster.router_process import Addresses, RouterProcess, RouterSpec
+from pdserve.cluster.run_dir import Run, cluster_token, hash_key, open_run
+from pdserve.config import Config
+from pdserve.engine.progress import Progress as ModelStep
+from pdserve.engine.resolve import PreparedModel, default_cache, prepare_model
+from pdserve.errors import DeadlineExceeded, WorkerLost, from_wire
+from pdserve.types import Role, WorkerFacts, WorkerId
+from pdserve.worker.boot import ENTRY_POINTS
+
+if TYPE_CHECKING:
+    from pdserve.cluster.keeper import Keeper
+    from pdserve.cluster.membership import Membership, Seen
+    from pdserve.cluster.pools import Pools, PoolSpec
+
+T = TypeVar("T")
+
+_WORKER_STOP_S = 10.0
+
+
+class Background(Generic[T]):
+    """A call on a thread of its own; a main thread that waits for it can be interrupted."""
+
+    def __init__(self, name: str, call: Callable[[], T]) -> None:
+        self._call = call
+        self._done = threading.Event()
+        self._result: T | None = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._result = self._call()
+        except BaseException as error:  # handed to whoever asks for the result
+            self._error = error
+        self._done.set()
+
+    def result(self) -> T:
+        """Waits, and returns or raises what the call did."""
+        self._done.wait()
+        if self._error is not None:
+            raise self._error
+        return self._result  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, slots=True)
+class Secrets:
+    token: str
+    hash_key: bytes
+
+
+class Cluster:
+    """Owns everything that was started. Made by start_cluster; ``stop`` may be called twice."""
+
+    def __init__(
+        self,
+        config: Config,
+        progress: Progress,
+        run: Run,
+        shared_ray: RayNode | None,
+        modules: Mapping[Role, str],
+    ) -> None:
+        self.config = config
+        self.run = run
+        self._progress = progress
+        self._modules = modules
+        self._shared_ray = shared_ray
+        self._ray: RayNode | None = shared_ray
+        self._redis: RedisServer | None = None
+        self._router: RouterProcess | None = None
+        self._pools: Pools | None = None
+        self._membership: Membership | None = None
+        self._keeper: Keeper | None = None
+        self._stopping = threading.Event()
+        self._starting_router = threading.Lock()
+
+    @property
+    def addresses(self) -> Addresses:
+        assert self._router is not None, "asked before the start was done"
+        return self._router.addresses
+
+    @property
+    def http(self) -> router_view.Access:
+        """How to call the HTTP front from this machine."""
+        return router_view.access_to(self.addresses.http, self.config.security)
+
+    @property
+    def router_pid(self) -> int:
+        return self._router.pid if self._router is not None else 0
+
+    @property
+    def redis_url(self) -> str:
+        """Empty without a Redis tier."""
+        if self._redis is not None:
+            return self._redis.url
+        return self.config.cache.redis.url
+
+    def workers(self) -> tuple[WorkerFacts, ...]:
+        """The workers that exist now."""
+        return self._membership.workers() if self._membership is not None else ()
+
+    def wait_workers(self, timeout_s: float) -> None:
+        """Waits until every planned worker exists and the router knows it. DeadlineExceeded."""
+        assert self._membership is not None
+        if not self._membership.wait(_all_present, timeout_s):
+            raise DeadlineExceeded(f"not all workers came back within {timeout_s:g} s")
+
+    def kill_worker(self, worker: WorkerId) -> None:
+        """Ends its process at once, frozen or not; Ray starts it anew where that is configured."""
+        assert self._pools is not None
+        assert self._ray is not None
+        for facts in self.workers():
+            # On this machine the kernel does it, even to a process that is stopped.
+            if facts.id == worker and orphans.kill_pid(facts.pid, self._ray.mark):
+                return
+        self._pools.kill(worker)
+
+    def start(self) -> None:
+        """Starts everything; on any failure, or an interrupt, all of it has ended again."""
+        try:
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self, drain_s: float | None = None) -> None:
+        """Ends everything, in order, and returns when no process is left."""
+        with self._starting_router:
+            if self._stopping.is_set():
+                return
+            self._stopping.set()
+        drain = self.config.timers.drain_s if drain_s is None else drain_s
+        if self._keeper is not None:
+            self._keeper.stop()
+        if self._router is not None:
+            self._router.stop(drain)
+        if self._membership is not None:
+            self._membership.stop()
+        if self._pools is not None:
+            pids = [facts.pid for facts in self.workers()]
+            self._pools.stop(0.0, _WORKER_STOP_S)
+            self._await_ends(pids)
+        if self._ray is not None and self._shared_ray is None:
+            self._ray.stop()
+        if self._redis is not None:
+            self._redis.stop()
+        orphans.sweep(self.run.state_dir, self.run.run_id)
+        self.run.close()
+
+    def kill(self) -> None:
+        """Ends everything at once; for an owner who cannot wait."""
+        self._stopping.set()
+        orphans.sweep(self.run.state_dir, self.run.run_id, grace_s=0.0)
+        shutil.rmtree(self.run.short_dir, ignore_errors=True)
+
+    def _await_ends(self, pids: list[int]) -> None:
+        """Workers of a shared Ray carry its mark, not ours: see that they are gone."""
+        assert self._ray is not None
+        limit = time.monotonic() + _WORKER_STOP_S
+        for pid in pids:
+            if orphans.mark_of(pid) != self._ray.mark:
+                continue
+            if not orphans.wait_gone(pid, limit - time.monotonic()):
+                orphans.kill_pid(pid, self._ray.mark)
+
+    def _start(self) -> None:
+        config, progress = self.config, self._progress
+        _check_ports(config)
+        secret = Secrets(cluster_token(config), hash_key(config, self.run.state_dir))
+        if self.run.orphans:
+            progress.note(f"ended {len(self.run.orphans)} processes of an earlier run")
+        self._start_redis()
+        model = Background("model", self._prepare_model)
+        router = Background("router", lambda: self._start_router(model.result(), secret))
+        self._start_ray()
+        prepared = model.result()
+        # Ray reads its environment when it is imported, which start_ray has prepared.
+        from pdserve.cluster.pools import Pools, counts, plan_pools  # noqa: PLC0415
+
+        assert self._ray is not None
+        if config.pools.ray_address != LOCAL:
+            ray_node.check_resources(counts(config))
+        plans = plan_pools(config, self._ray.gpus, self._ray.nodes)
+        progress.begin("workers", f"starting {len(plans)} workers")
+        self._pools = Pools(self._pool_spec(prepared, secret), plans)
+        self._pools.create()
+        router.result()
+        if self._redis is not None:
+            self._redis.wait_ready()
+        self._start_membership(secret)
+
+    def _start_redis(self) -> None:
+        if self.config.cache.redis.mode != "local":
+            return
+        self._redis = RedisServer(
+            self.config.cache.redis,
+            self.run.short_dir,
+            self.run.logs,
+            self.run.mark,
+            self._progress.note,
+        )
+        self._redis.start()
+
+    def _prepare_model(self) -> PreparedModel:
+        progress = self._progress
+        progress.begin("model", f"looking for {self.config.model.path}")
+
+        def step(at: ModelStep) -> None:
+            progress.update("model", at.text, (at.index - 1) / max(1, at.total))
+
+        cache = self.config.model_cache
+        folder = Path(cache).expanduser().resolve() if cache else default_cache()
+        prepared = prepare_model(self.config.model, folder, step)
+        progress.end("model", f"model {prepared.served_name}: {prepared.path}")
+        return prepared
+
+    def _start_router(self, prepared: PreparedModel, secret: Secrets) -> None:
+        self._progress.begin("router", "starting the router")
+        spec = RouterSpec(
+            config=self.config,
+            model_path=str(prepared.path),
+            served_name=prepared.served_name,
+            cluster_token=secret.token,
+            hash_key=secret.hash_key,
+            boot_dir=self.run.boot_dir,
+            log=self.run.logs / "router.log",
+            mark=self.run.mark,
+        )
+        router = RouterProcess(spec, self._progress.note)
+        with self._starting_router:
+            if self._stopping.is_set():  # a stop would no longer see this router
+                return
+            self._router = router
+            router.start()
+        router.wait_ready()
+        addresses = router.addresses
+        self._progress.end("router", f"router: HTTP {addresses.http}, gRPC {addresses.grpc}")
+        self.run.record(self.http.url, router_view.local_address(addresses.grpc))
+
+    def _start_ray(self) -> None:
+        if self._shared_ray is not None:
+            return
+        address = self.config.pools.ray_address
+        what = "starting Ray" if address == LOCAL else f"joining Ray at {address}"
+        self._progress.begin("ray", what)
+        self._ray = ray_node.start_ray(
+            address, self.run.short_dir / "ray", self.run.mark, _threads(self.config)
+        )
+        self._progress.end("ray", "Ray: one of our own" if self._ray.owned else f"Ray: {address}")
+
+    def _pool_spec(self, prepared: PreparedModel, secret: Secrets) -> PoolSpec:
+        from pdserve.cluster.pools import PoolSpec  # noqa: PLC0415
+
+        local = self.config.pools.ray_address == LOCAL
+        return PoolSpec(
+            config=self.config,
+            node=socket.gethostname() if local else "",
+            host="127.0.0.1" if local else "",
+            model_path=str(prepared.path),
+            cluster_token=secret.token,
+            hash_key=secret.hash_key,
+            redis_url=self.redis_url if self.config.cache.redis.mode != "off" else "",
+            threads=_threads(self.config) if local else self.config.pools.threads_per_worker,
+            logs=self.run.logs if local else None,
+            modules=self._modules,
+        )
+
+    def _start_membership(self, secret: Secrets) -> None:
+        from pdserve.cluster.keeper import Keeper  # noqa: PLC0415
+        from pdserve.cluster.membership import Membership  # noqa: PLC0415
+
+        assert self._pools is not None
+        assert self._router is not None
+        router = self._router
+        timers = self.config.timers
+        self._membership = Membership(
+            self._pools.actors,
+            router,
+            lambda: router.addresses.internal,
+            secret.token,
+            timers,
+            self._progress.note,
+        )
+        self._membership.start()
+        self._await_first_workers(self._membership)
+        access = self.http
+        self._keeper = Keeper(
+            lambda: router_view.workers(access),
+            lambda: self._membership.seen if self._membership is not None else {},
+            self.kill_worker,
+            timers,
+            self._progress.note,
+        )
+        self._keeper.start()
+
+    def _await_first_workers(self, membership: Membership) -> None:
+        """Returns when all serve. Raises the reason of the first that does not."""
+        timeout = self.config.timers.start_timeout_s
+        settled = membership.wait(lambda seen: _all_present(seen) or _trouble(seen), timeout)
+        for worker, seen in membership.seen.items():
+            if seen.failure is not None:
+                raise from_wire(seen.failure.code, f"{worker}: {seen.failure.message}")
+            log = self.run.logs / f"{worker}.log"
+            if seen.facts is None and seen.deaths:
+                said = tail_of(log)
+                raise WorkerLost(f"{worker} died while it started{': ' + said if said else ''}")
+            if not settled and seen.facts is None:
+                raise DeadlineExceeded(f"{worker} did not start within {timeout:g} s; see {log}")
+        if not settled:
+            raise DeadlineExceeded(f"the router did not take its workers within {timeout:g} s")
+        pools = [f"{facts.id} ({facts.blocks_total} blocks)" for facts in membership.workers()]
+        self._progress.end("workers", "workers: " + ", ".join(pools))
+
+
+def _all_present(seen: Mapping[WorkerId, Seen]) -> bool:
+    return all(one.facts is not None for one in seen.values())
+
+
+def _trouble(seen: Mapping[WorkerId, Seen]) -> bool:
+    return any(one.failure is not None or one.deaths for one in seen.values())
+
+
+def _threads(config: Config) -> int:
+    return config.pools.threads_per_worker or len(os.sched_getaffinity(0))
+
+
+def _check_ports(config: Config) -> None:
+    router = config.router
+    check_free(router.host, router.http_port, "router.http_port")
+    check_free(router.host, router.grpc_port, "router.grpc_port")
+
+
+def start_cluster(
+    config: Config,
+    progress: Progress | None = None,
+    *,
+    ray: RayNode | None = None,
+    modules: Mapping[Role, str] | None = None,
+) -> Cluster:
+    """Starts a cluster and returns when every worker serves and the router knows it.
+
+    ``ray`` lends a Ray that is already started (one for several clusters); it is not stopped.
+    ``modules`` says where each role's ``start_worker`` is. Raises PdserveError; ConfigError for
+    what the user can mend. Call from the main thread.
+    """
+    run = open_run(config)
+    cluster = Cluster(config, progress or Silent(), run, ray, modules or ENTRY_POINTS)
+    cluster.start()
+    return cluster
