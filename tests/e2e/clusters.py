@@ -6,7 +6,9 @@ A variant names what differs between clusters; asking for another one stops the 
 from __future__ import annotations
 
 import json
+import os
 import secrets
+import signal
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -22,6 +24,8 @@ from pdserve.cluster.supervisor import Cluster, start_cluster
 from pdserve.config import Config
 from pdserve.config_load import load_config
 from pdserve.engine.resolve import default_cache, prepare_model
+from pdserve.faults import Action, Step
+from pdserve.types import WorkerFacts
 from pdserve.v1 import worker_pb2 as pb
 from pdserve.v1 import worker_pb2_grpc as pb_grpc
 from tests.e2e.ask import Caller
@@ -74,22 +78,60 @@ class Running:
     def workers(self) -> list[dict[str, Any]]:
         return list(self.get("/workers")["workers"])
 
-    def each_worker(self, call: Callable[[pb_grpc.WorkerStub], Any]) -> list[Any]:
-        answers = []
+    def each_worker(
+        self, call: Callable[[pb_grpc.WorkerStub], Any], ignoring: str = ""
+    ) -> list[Any]:
+        return [self.on_worker(f, call) for f in self.cluster.workers() if f.id != ignoring]
+
+    def on_worker(self, facts: WorkerFacts, call: Callable[[pb_grpc.WorkerStub], Any]) -> Any:
         token = (("authorization", f"Bearer {TOKEN}"),)
-        for facts in self.cluster.workers():
-            with grpc.insecure_channel(facts.address) as channel:
-                answers.append(call(_WithToken(pb_grpc.WorkerStub(channel), token)))
-        return answers
+        with grpc.insecure_channel(facts.address) as channel:
+            return call(_WithToken(pb_grpc.WorkerStub(channel), token))
 
     def flush(self, *tiers: str) -> None:
         self.each_worker(lambda stub: stub.Flush(pb.FlushRequest(tiers=tiers)))
 
-    def check_idle(self) -> None:
+    def arm(
+        self, role: str, step: Step, action: Action, nth: int, seconds: float = 0.0
+    ) -> WorkerFacts:
+        """Arms a fault in the first worker of a role; returns that worker as it is now."""
+        victim = next(f for f in self.cluster.workers() if f.role.value == role)
+        request = pb.ArmFaultRequest(step=step.value, action=action.value, nth=nth, seconds=seconds)
+        self.on_worker(victim, lambda stub: stub.ArmFault(request))
+        return victim
+
+    def fired(self, worker: WorkerFacts) -> int:
+        return int(self.on_worker(worker, lambda s: s.ArmFault(pb.ArmFaultRequest())).fired)
+
+    def was_struck(self, victim: WorkerFacts) -> bool:
+        """Gone, replaced, stopped, or it says so itself."""
+        same = [f for f in self.cluster.workers() if f.incarnation == victim.incarnation]
+        if not same or not Path(f"/proc/{victim.pid}").exists() or is_stopped(victim.pid):
+            return True
+        return self.fired(victim) > 0
+
+    def resume_stopped(self) -> None:
+        for facts in self.cluster.workers():
+            if is_stopped(facts.pid):
+                os.kill(facts.pid, signal.SIGCONT)
+
+    def wait_whole(self) -> None:
+        """Every worker is there and ready."""
+        planned = self.cluster.config.pools.prefill + self.cluster.config.pools.decode
+
+        def whole() -> bool:
+            states = [worker["state"] for worker in self.workers()]
+            return states == ["ready"] * planned and not any(
+                is_stopped(facts.pid) for facts in self.cluster.workers()
+            )
+
+        self.wait(whole, 90.0)
+
+    def check_idle(self, ignoring: str = "") -> None:
         """Every block is free or cached, and no invariant is broken, within the time to settle."""
         end = time.monotonic() + SETTLE_S
         while True:
-            checks = self.each_worker(lambda stub: stub.CheckIdle(pb.CheckIdleRequest()))
+            checks = self.each_worker(lambda stub: stub.CheckIdle(pb.CheckIdleRequest()), ignoring)
             sound = all(
                 c.idle and not c.violations and c.blocks_free + c.blocks_cached == c.blocks_total
                 for c in checks
@@ -144,6 +186,14 @@ class Running:
     def stop(self) -> None:
         self.caller.close()
         self.cluster.stop(drain_s=0.5)
+
+
+def is_stopped(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return stat.rsplit(")", 1)[1].split()[0] == "T"
 
 
 class _WithToken:
