@@ -30,6 +30,7 @@ from kv_transfer.wire import (
 )
 from pdserve.engine.memory import PoolMemory
 from pdserve.errors import DeadlineExceeded, ProtocolError, TransferError
+from pdserve.faults import Step, board, flip_bit
 
 # A peer that has not proven itself by then gives its place to another.
 HANDSHAKE_SECONDS = 5.0
@@ -151,8 +152,9 @@ class Connection:
         if code is not Code.OK:
             self._counters.add("stale_reads")
             return
+        damage = board.hit(Step.TRANSFER_SERVE)
         for views in self._source.batches(blocks):
-            self._channel.send_views(views, deadline)
+            self._channel.send_views(flip_bit(views) if damage else views, deadline)
         # A block that was freed meanwhile may have left with other bytes in it.
         code, position = judge_blocks(self._pool, blocks, generations)
         if code is not Code.OK:

@@ -19,6 +19,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pdserve.errors import InternalError
@@ -106,3 +107,11 @@ class FaultBoard:
 
 # The process' own board; every part hits the same one.
 board = FaultBoard()
+
+
+def flip_bit(views: Sequence[memoryview]) -> list[memoryview]:
+    """The same bytes but for one bit in the middle; the originals stay as they are."""
+    copies = [bytearray(view) for view in views]
+    middle = copies[len(copies) // 2]
+    middle[len(middle) // 2] ^= 1
+    return [memoryview(copy) for copy in copies]

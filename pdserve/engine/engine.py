@@ -43,6 +43,7 @@ from pdserve.engine.limits import Limits
 from pdserve.engine.scheduler import Plan, Scheduler, Work
 from pdserve.engine.step import RowResult, Runner
 from pdserve.errors import Draining, InternalError, PdserveError
+from pdserve.faults import Step, board
 
 log = logging.getLogger(__name__)
 
@@ -159,6 +160,7 @@ class Engine:
         plan = self._scheduler.plan()
         if plan.work:
             self._flush()
+            board.hit(Step.ENGINE_STEP)
             self._step(plan)
         self._more = bool(plan.work) or plan.preempted
         self._latest = self._scheduler.snapshot(self._steps, check=False)
