@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from real_redis import RealRedis
+from tier_world import World
 
 
 @pytest.fixture
@@ -16,3 +17,11 @@ def real_redis() -> Iterator[RealRedis]:
         server.start()
         yield server
         server.kill()
+
+
+@pytest.fixture
+def worlds() -> Iterator[list[World]]:
+    opened: list[World] = []
+    yield opened
+    for world in opened:
+        world.manager.close(drain_s=0.0)

@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-import random
 import threading
 import time
-from collections.abc import Iterator
 
 import pytest
 from real_redis import RealRedis, new_keys
-from tier_world import SPAN, World
+from tier_world import SPAN, World, open_world
 
 from cache_tiers import write_path
+from cache_tiers.fence import ForgetFence
 from cache_tiers.write_path import WriteLimits
-from pdserve.engine.api import PinTicket, TierReadDone, Unpin
+from pdserve.engine.api import TierReadDone, Unpin
 from pdserve.errors import TierError
-from pdserve.types import BlockKey, Incarnation, Tier
+from pdserve.types import Incarnation, Tier
 
 H, R = Tier.HOST, Tier.REDIS
-
-
-@pytest.fixture
-def worlds() -> Iterator[list[World]]:
-    opened: list[World] = []
-    yield opened
-    for world in opened:
-        world.manager.close(drain_s=0.0)
-
-
-def open_world(worlds: list[World], *args: object, **kwargs: object) -> World:
-    world = World(*args, **kwargs)  # type: ignore[arg-type]
-    worlds.append(world)
-    return world
 
 
 # ---- reading and writing ------------------------------------------------------------------------
@@ -192,6 +177,9 @@ def test_bytes_for_redis_are_bounded(real_redis: RealRedis, worlds: list[World])
     world.write(keys)
     assert world.read(keys) == [R] * 3
     assert world.manager.stats().writes.unsent_blocks == 5
+    # What was sent makes room again.
+    world.write(keys[3:6])
+    assert world.read(keys) == [R] * 6
 
 
 def test_close_delivers_what_was_written_and_ends_the_rest(
@@ -234,6 +222,34 @@ def test_forgotten_blocks_leave_every_tier(real_redis: RealRedis, worlds: list[W
     # They can be computed and kept anew.
     world.write(keys)
     assert world.read(keys) == [H] * 5
+
+
+def test_a_suspect_block_that_waits_for_redis_is_not_sent(
+    real_redis: RealRedis, worlds: list[World]
+) -> None:
+    world = open_world(worlds, real_redis.url, timeout_s=5.0)
+    keys = new_keys(3)
+    world.write(new_keys(1))
+    real_redis.pause()
+    world.wait(world.start_write(keys))
+    world.manager.forget([keys[1]])
+    real_redis.resume()
+    assert world.manager.quiesce(10)
+    stats = world.manager.stats().redis
+    assert stats is not None
+    assert stats.stored == 3
+
+
+def test_a_key_that_two_forgets_fence_stays_fenced_until_both_are_done() -> None:
+    fence = ForgetFence()
+    keys = new_keys(3)
+    fence.begin(keys[1:2])
+    fence.begin(keys[1:])
+    fence.end(keys[1:])
+    assert fence.enter(keys).usable == 1
+    assert not fence.is_fenced(keys[2])
+    fence.end(keys[1:2])
+    assert fence.enter(keys).usable == 3
 
 
 def test_a_read_under_way_takes_back_what_was_forgotten_meanwhile(
@@ -312,131 +328,3 @@ def test_clear_empties_the_named_tiers(real_redis: RealRedis, worlds: list[World
     real_redis.kill()
     with pytest.raises(TierError):
         world.manager.clear([R])
-
-
-# ---- all at once --------------------------------------------------------------------------------
-
-
-def test_random_steps_agree_with_a_plain_dictionary(
-    real_redis: RealRedis, worlds: list[World]
-) -> None:
-    """One step after another; two sets of keys say what each tier must hold."""
-    seed = random.randrange(1 << 32)
-    print(f"seed {seed}")
-    draw = random.Random(seed)
-    chains = [[BlockKey(draw.randbytes(16)) for _ in range(8)] for _ in range(3)]
-    world = open_world(worlds, real_redis.url, host=24)
-    in_host: set[BlockKey] = set()
-    in_redis: set[BlockKey] = set()
-    for _ in range(200):
-        keys = draw.choice(chains)[: draw.randrange(1, 9)]
-        action = draw.randrange(12)
-        if action < 4:
-            start = draw.randrange(len(keys))
-            world.write(keys[start:])
-            in_host.update(keys[start:])
-            in_redis.update(keys[start:])
-        elif action < 9:
-            expected: list[Tier] = []
-            for key in keys:
-                if key not in in_host | in_redis:
-                    break
-                expected.append(H if key in in_host else R)
-            assert world.read(keys) == expected
-            in_host.update(keys[: len(expected)])
-        elif action == 9:
-            suspect = draw.sample(keys, 1)
-            world.manager.forget(suspect)
-            assert world.manager.quiesce(10)
-            in_host.difference_update(suspect)
-            in_redis.difference_update(suspect)
-        elif action == 10:
-            world.manager.clear([H])
-            in_host.clear()
-        elif draw.randrange(3) == 0:
-            world.manager.clear([R])
-            in_redis.clear()
-
-
-def test_random_jobs_agree_with_what_was_written(
-    real_redis: RealRedis, worlds: list[World]
-) -> None:
-    """Chains over 30 keys, small tiers, a Redis that dies and returns; memory is watched."""
-    seed = random.randrange(1 << 32)
-    print(f"seed {seed}")
-    draw = random.Random(seed)
-    chains = [[BlockKey(draw.randbytes(16)) for _ in range(10)] for _ in range(3)]
-    world = open_world(worlds, real_redis.url, host=9, blocks=2000, breaker_open_s=0.05)
-    written: set[BlockKey] = set()
-    reads: list[tuple[object, list[BlockKey], int]] = []
-    writes: list[PinTicket] = []
-    block = 0
-    for turn in range(250):
-        keys = draw.choice(chains)[: draw.randrange(1, 11)]
-        action = draw.randrange(20)
-        if block + len(keys) > 2000:
-            break
-        if action < 8:
-            written.update(keys)
-            writes.append(world.start_write(keys, block))
-        elif action < 17:
-            reads.append((world.start_read(keys, block), keys, block))
-        elif action == 17:
-            world.manager.forget(draw.sample(keys, 1))
-        elif action == 18 and not 100 <= turn < 150:
-            world.manager.clear([draw.choice([H, R])])
-        block += len(keys)
-        if turn == 100:
-            real_redis.kill()
-        elif turn == 150:
-            real_redis.start()
-            time.sleep(0.1)
-    assert world.manager.quiesce(20)
-    for ticket in writes:
-        assert world.ends[ticket] == [Unpin(ticket)]
-    total = 0
-    for job, keys, first in reads:
-        (answer,) = world.ends[job]
-        assert isinstance(answer, TierReadDone)
-        hits = world.checked(keys, answer, first)
-        assert written.issuperset(keys[: len(hits)])
-        total += len(hits)
-    assert total > 50
-    assert world.manager.stats().failures == 0
-    # With the dust settled, both tiers agree with the truth once more.
-    for chain in chains:
-        world.write(chain)
-        assert len(world.read(chain)) == 10
-
-
-def test_no_block_is_touched_after_its_job_ended(
-    real_redis: RealRedis, worlds: list[World]
-) -> None:
-    """Each block is painted in its done callback; the paint must still be there at the end."""
-    world = open_world(worlds, real_redis.url, host=4, blocks=600, timeout_s=0.05)
-    keys = new_keys(20)
-    world.write(keys)
-    painted: list[int] = []
-    end = world._end
-
-    def paint(job: object, answer: object) -> None:
-        if isinstance(answer, TierReadDone):
-            first = 20 + 20 * (int.from_bytes(answer.seq, "big") - 2)
-            world.pool[first : first + 20] = 0x5A
-            painted.append(first)
-        end(job, answer)
-
-    world._end = paint  # type: ignore[method-assign]
-    for i in range(25):
-        if i % 5 == 2:
-            real_redis.pause()
-        world.start_read(keys, 20 + 20 * i)
-        if i % 5 == 4:
-            time.sleep(0.08)
-            real_redis.resume()
-    real_redis.resume()
-    assert world.manager.quiesce(20)
-    time.sleep(0.05)
-    assert len(painted) == 25
-    for first in painted:
-        assert (world.pool[first : first + 20] == 0x5A).all()

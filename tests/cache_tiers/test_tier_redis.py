@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -304,8 +312,6 @@ def test_the_time_out_grows_with_the_bytes_of_a_batch(real_redis: RealRedis) -> 
 
 
 def test_tcp_works_like_the_unix_socket(real_redis: RealRedis) -> None:
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -316,3 +322,59 @@ def test_tcp_works_like_the_unix_socket(real_redis: RealRedis) -> None:
     tier.put(keys, values)
     assert tier.get(keys, into, LONG) == 9
     assert into == values
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl for a certificate")
+def test_tls_is_verified_and_carries_spans(real_redis: RealRedis, tmp_path: Path) -> None:
+    cert, secret = tmp_path / "cert.pem", tmp_path / "key.pem"
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    files = ["-keyout", str(secret), "-out", str(cert)]
+    subprocess.run(
+        ["openssl", "req", "-x509", *curve, "-days", "2", *subject, *files],
+        check=True,
+        capture_output=True,
+    )
+    with tls_front(real_redis, cert, secret) as port:
+        span = 200_000
+        keys, values, into = new_keys(5), new_spans(5, span), blank(5, span)
+        tier = open_tier(f"rediss://localhost:{port}?ssl_ca_certs={cert}", span=span)
+        tier.put(keys, values)
+        assert tier.get(keys, into, LONG) == 5
+        assert into == values
+        stranger = open_tier(f"rediss://localhost:{port}", span=span)
+        with pytest.raises(TierError):
+            stranger.ping()
+
+
+@contextlib.contextmanager
+def tls_front(server: RealRedis, cert: Path, secret: Path) -> Iterator[int]:
+    """A TLS port before ``server``: the bundled binary is built without TLS."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(cert, secret)
+
+    async def relay(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await source.read(65536):
+                sink.write(data)
+                await sink.drain()
+        sink.close()
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        inner_reader, inner_writer = await asyncio.open_unix_connection(str(server.socket))
+        await asyncio.gather(relay(reader, inner_writer), relay(inner_reader, writer))
+
+    loop = asyncio.new_event_loop()
+    front = loop.run_until_complete(
+        asyncio.start_server(connected, "localhost", 0, ssl=context, family=socket.AF_INET)
+    )
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    yield front.sockets[0].getsockname()[1]
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    front.close()
+    for task in asyncio.all_tasks(loop):
+        task.cancel()
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()

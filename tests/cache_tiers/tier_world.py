@@ -121,3 +121,9 @@ class World:
         for i, key in enumerate(keys[: len(hits)]):
             assert self.pool[first_block + i].tobytes() == value_of(key)
         return hits
+
+
+def open_world(worlds: list[World], *args: object, **kwargs: object) -> World:
+    world = World(*args, **kwargs)  # type: ignore[arg-type]
+    worlds.append(world)
+    return world
