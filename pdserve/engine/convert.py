@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -46,6 +47,7 @@ def _convert(gguf: Path, target: Path, progress: ProgressSink) -> None:
 
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
+        _check_room(work / "room", gguf.stat().st_size)
         write_folder(gguf, work, progress)
         work.chmod(0o755)
         for file in work.iterdir():
@@ -53,6 +55,16 @@ def _convert(gguf: Path, target: Path, progress: ProgressSink) -> None:
         work.rename(target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _check_room(file: Path, size: int) -> None:
+    """OSError when not even ``size`` bytes fit: better now than after minutes of converting.
+
+    The dense weights are never smaller than the quantized file.
+    """
+    with file.open("wb") as stream:
+        os.posix_fallocate(stream.fileno(), 0, size)
+    file.unlink()
 
 
 @contextmanager

@@ -13,21 +13,17 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from pdserve.engine.progress import Progress, ProgressSink
-from pdserve.engine.quiet import quiet_transformers
+from pdserve.engine.quiet import LOADING_ERRORS, first_line, quiet_transformers
+from pdserve.errors import ConfigError
 
 
 def write_folder(gguf: Path, folder: Path, progress: ProgressSink) -> None:
-    """Config, generation config, tokenizer, chat template and safetensors. OSError."""
+    """Config, generation config, tokenizer, chat template and safetensors.
+
+    ConfigError when the file cannot be read, OSError when the folder cannot be written.
+    """
     with quiet_transformers():
-        progress(Progress("reading the tokenizer", 1, 3))
-        tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        progress(Progress("reading the weights", 2, 3))
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            gguf.parent,
-            gguf_file=gguf.name,
-            dtype=torch.bfloat16,
-            quantization_config=GgufConfig(dequantize=True),
-        )
+        tokenizer, model = _read(gguf, progress)
         # Dense by now, but still marked as quantized, which save_pretrained refuses to write.
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
@@ -44,3 +40,18 @@ def write_folder(gguf: Path, folder: Path, progress: ProgressSink) -> None:
             code = errno.ENOSPC if full else errno.EIO
             raise OSError(code, os.strerror(code), str(folder)) from error
         tokenizer.save_pretrained(folder)
+
+
+def _read(gguf: Path, progress: ProgressSink) -> tuple[Any, Any]:
+    """The file's tokenizer and its model with dense weights."""
+    where: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    try:
+        progress(Progress("reading the tokenizer", 1, 3))
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        progress(Progress("reading the weights", 2, 3))
+        model = AutoModelForCausalLM.from_pretrained(
+            **where, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        )
+    except LOADING_ERRORS as error:
+        raise ConfigError(f"{gguf} cannot be read: {first_line(error)}") from error
+    return tokenizer, model

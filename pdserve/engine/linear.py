@@ -19,7 +19,7 @@ class PackedLinear(nn.Module):
         self.in_features = plain.in_features
         self.out_features = plain.out_features
         self.packed = torch.ops.mkldnn._reorder_linear_weight(plain.weight.detach())
-        self.bias = None if plain.bias is None else plain.bias.detach()
+        self.bias = plain.bias
 
     @property
     def weight(self) -> torch.Tensor:

@@ -21,7 +21,7 @@ from pdserve.engine import attention, trace
 from pdserve.engine.layout import LayerShape
 from pdserve.engine.linear import can_pack, pack_linears
 from pdserve.engine.pool_view import TORCH_DTYPES
-from pdserve.engine.quiet import quiet_transformers
+from pdserve.engine.quiet import LOADING_ERRORS, first_line, quiet_transformers
 from pdserve.engine.refusal import check_config, context_length
 from pdserve.engine.weights import weight_files, weights_revision
 from pdserve.errors import ConfigError, ModelRefused
@@ -69,7 +69,7 @@ def load_model(
     files = weight_files(path)
     length = _model_length(config, max_model_len)
     model = _read_weights(path, dtype, device)
-    layers = _trace(model, length)
+    layers = trace_model(model, length)
     _set_implementation(model, attention.IMPLEMENTATION)
     weights_bytes = _bytes_of(model)
     if pack and numerics is Numerics.FAST and can_pack(TORCH_DTYPES[dtype], device):
@@ -98,7 +98,7 @@ def _read_config(path: Path) -> Any:
             path, trust_remote_code=False, local_files_only=True
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelRefused(f"{path / 'config.json'}: {_first_line(error)}") from error
+        raise ModelRefused(f"{path / 'config.json'}: {first_line(error)}") from error
 
 
 def _model_length(config: Any, wanted: int) -> int:
@@ -130,8 +130,8 @@ def _read_weights(path: Path, dtype: str, device: torch.device) -> Any:
                 local_files_only=True,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
-        raise ModelRefused(f"{path} cannot be loaded: {_first_line(error)}") from error
+    except LOADING_ERRORS as error:
+        raise ModelRefused(f"{path} cannot be loaded: {first_line(error)}") from error
     model, info = loaded
     absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if absent:
@@ -141,7 +141,11 @@ def _read_weights(path: Path, dtype: str, device: torch.device) -> Any:
     return model.eval().requires_grad_(False).to(device)
 
 
-def _trace(model: Any, max_model_len: int) -> tuple[trace.TracedLayer, ...]:
+def trace_model(model: Any, max_model_len: int) -> tuple[trace.TracedLayer, ...]:
+    """Runs a transformers causal language model once, to see what its attention is asked to do.
+
+    Leaves the model under the traced attention. ModelRefused with the reason.
+    """
     attention.register()
     trace.register()
     _set_implementation(model, trace.IMPLEMENTATION)
@@ -190,8 +194,3 @@ def _identity(config: Any, revision: str, dtype: str, numerics: Numerics) -> Map
         "rope": getattr(text, "rope_parameters", None),
         "quantization": "none",
     }
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -8,6 +8,7 @@ attend over the pool, is refused with the reason.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from ctypes import CDLL
 from dataclasses import dataclass
@@ -45,26 +46,36 @@ class ProbeReport:
 
 @dataclass(frozen=True, slots=True)
 class _Script:
-    """What is computed: ``tokens`` in chunks that end at ``cuts``."""
+    """What is computed: a prompt of ``prompt`` tokens in two chunks, then token by token."""
 
     tokens: tuple[int, ...]
-    cuts: tuple[int, ...]
+    first: int  # where the first chunk ends
+    prompt: int
     beside: tuple[int, ...]  # a second sequence, computed with the first chunk
+
+    @property
+    def cuts(self) -> tuple[int, ...]:
+        """Where each step ends."""
+        ends = {self.first, *range(self.prompt, len(self.tokens) + 1)}
+        return tuple(sorted(ends))
+
+    @property
+    def segments(self) -> tuple[tuple[int, int], ...]:
+        """What is judged as one: each chunk, and the single tokens together."""
+        borders = ((0, self.first), (self.first, self.prompt), (self.prompt, len(self.tokens)))
+        return tuple((low, high) for low, high in borders if low < high)
 
 
 def probe(loaded: LoadedModel, library: CDLL | None) -> ProbeReport:
     """ModelRefused when the paged attention does not reproduce the model."""
     script = _script(loaded)
-    expected = _eager_logits(loaded, script.tokens, script.cuts[1])
+    expected = _eager_logits(loaded, script.tokens, script.prompt)
     found = _paged_logits(loaded, library, script)
-    segments = zip((0, *script.cuts), script.cuts, strict=False)
-    # The single tokens form one segment together.
-    borders = [*list(segments)[:2], (script.cuts[1], script.cuts[-1])]
-    difference = max(
-        relative_difference(found[low:high], expected[low:high])
-        for low, high in borders
-        if high > low
-    )
+    each = [
+        relative_difference(found[low:high], expected[low:high]) for low, high in script.segments
+    ]
+    # NaN is the largest of all, which max() alone does not know.
+    difference = max(each, key=lambda value: (math.isnan(value), value))
     tolerance = TOLERANCE[loaded.dtype]
     # "not <=" also refuses NaN.
     if not difference <= tolerance:
@@ -89,11 +100,11 @@ def _script(loaded: LoadedModel) -> _Script:
     total = min(PROMPT_TOKENS + DECODED_TOKENS, loaded.max_model_len)
     prompt = max(1, total - DECODED_TOKENS)
     draw = np.random.default_rng(7)
-    tokens = tuple(draw.integers(0, loaded.vocab_size, total).tolist())
-    first = max(1, prompt // 2 + 3 if prompt > 8 else prompt // 2)
     return _Script(
-        tokens=tokens,
-        cuts=(first, prompt, *range(prompt + 1, total + 1)),
+        tokens=tuple(draw.integers(0, loaded.vocab_size, total).tolist()),
+        # Inside a block, wherever the prompt is longer than one.
+        first=(prompt + 1) // 2 + (3 if prompt > BLOCK_SIZE else 0),
+        prompt=prompt,
         beside=tuple(draw.integers(0, loaded.vocab_size, min(11, total)).tolist()),
     )
 

@@ -42,14 +42,14 @@ def prepare_model(model: ModelConfig, cache_dir: Path, progress: ProgressSink) -
         target = cache_dir / f"{embedded.name}-{embedded.version}-r{REVISION}"
         return PreparedModel(convert_gguf(embedded.gguf, target, progress), name)
     folder = Path(model.path).expanduser()
-    if folder.is_dir():
+    if model.path and folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ConfigError(
                 f"{folder} is no model folder: it has no config.json", param="model.path"
             )
         return PreparedModel(folder.resolve(), name)
     looks_local = model.path.startswith((".", "/", "~")) or model.path.count("/") > 1
-    if looks_local or folder.exists():
+    if looks_local or folder.is_file():
         raise ConfigError(f"there is no model folder {model.path}", param="model.path")
     if not HUB_ID.fullmatch(model.path):
         raise ConfigError(

@@ -19,7 +19,9 @@ from pdserve.errors import DoesNotFit
 # could never serve anybody.
 MIN_BLOCKS = 2
 CGROUP = Path("/sys/fs/cgroup")
+OWN_CGROUP = Path("/proc/self/cgroup")
 MEMINFO = Path("/proc/meminfo")
+NO_LIMIT = 2**60
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ def measure_memory(device: torch.device) -> Memory:
         free, _ = torch.cuda.mem_get_info(device)
         return Memory(free, f"free on {device}")
     host = available_host(MEMINFO.read_text(encoding="ascii"))
-    group = available_cgroup(CGROUP)
+    group = available_cgroup(CGROUP, OWN_CGROUP.read_text(encoding="utf-8"))
     if group is not None and group < host:
         return Memory(group, "left in the control group")
     return Memory(host, "available on the host")
@@ -70,22 +72,44 @@ def available_host(meminfo: str) -> int:
     raise DoesNotFit("/proc/meminfo does not say how much memory is available")
 
 
-def available_cgroup(root: Path) -> int | None:
-    """Bytes left under the control group's limit (version 2 or 1); None without a limit."""
-    for limit_file, used_file in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            limit = (root / limit_file).read_text(encoding="ascii").strip()
-            used = int((root / used_file).read_text(encoding="ascii"))
-        except FileNotFoundError:
+def available_cgroup(root: Path, own: str) -> int | None:
+    """Bytes left under the control groups' limits; None without a limit.
+
+    ``root``: where the groups are mounted. ``own``: the text of /proc/self/cgroup.
+    """
+    left = []
+    for line in own.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base, limit_file, used_file = root, "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            base = root / "memory"
+            limit_file, used_file = "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
             continue
-        # Version 1 writes "no limit" as a number near 2**63.
-        if limit == "max" or int(limit) >= 2**60:
-            return None
-        return max(0, int(limit) - used)
-    return None
+        # The group's own path is only visible from the namespace that it was made in; the limits
+        # of all groups above it hold as well.
+        parts = Path(path.lstrip("/")).parts
+        for depth in range(len(parts) + 1):
+            room = _room(base.joinpath(*parts[:depth]), limit_file, used_file)
+            if room is not None:
+                left.append(room)
+    return min(left) if left else None
+
+
+def _room(group: Path, limit_file: str, used_file: str) -> int | None:
+    try:
+        limit = (group / limit_file).read_text(encoding="ascii").strip()
+        used = int((group / used_file).read_text(encoding="ascii"))
+        stat = (group / "memory.stat").read_text(encoding="ascii")
+    except FileNotFoundError:
+        return None
+    # Version 1 writes "no limit" as a number near 2**63.
+    if limit == "max" or int(limit) >= NO_LIMIT:
+        return None
+    # Counted as used, but given back as soon as anybody wants it.
+    cache = next((line for line in stat.splitlines() if line.startswith("inactive_file ")), "_ 0")
+    return max(0, int(limit) - max(0, used - int(cache.split()[1])))
 
 
 def size_pool(

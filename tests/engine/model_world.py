@@ -1,4 +1,4 @@
-"""What the tests of the model half share: families on disk, the native kernel, a plain scheduler."""
+"""What the model half's tests share: families on disk, the native kernel, a plain scheduler."""
 
 from __future__ import annotations
 
@@ -132,9 +132,7 @@ def drive(
     while busy := [track for track in tracks if len(track.generated) < count]:
         rows = []
         for index, track in enumerate(busy):
-            size = min(
-                len(track.tokens) - track.computed, chunks[(index + piece) % len(chunks)]
-            )
+            size = min(len(track.tokens) - track.computed, chunks[(index + piece) % len(chunks)])
             end = track.computed + size
             rows.append(
                 Row(

@@ -123,9 +123,7 @@ class Scene:
     ],
     ids=["gqa64", "mha128", "gqa12", "mqa16-24"],
 )
-def test_attention_over_the_pool(
-    dtype: str, native: bool, heads: int, shape: LayerShape
-) -> None:
+def test_attention_over_the_pool(dtype: str, native: bool, heads: int, shape: LayerShape) -> None:
     seed = 1000 + heads
     print(f"seed {seed}")
     for block_size in (4, 16, 96):

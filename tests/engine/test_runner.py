@@ -1,4 +1,4 @@
-"""A runner writes, token for token, what the plain model writes: every family, chunking, block size.
+"""A runner writes, token for token, what the plain model writes: every family and chunking.
 
 The oracle is transformers' own ``generate`` on one prompt at a time.
 """

@@ -1,0 +1,87 @@
+"""Building the native kernel: once for a machine, kept on disk, and never in anybody's way."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pdserve.config import Config, EngineConfig
+from pdserve.engine import native
+from pdserve.engine.build import choose_kernel
+from pdserve.errors import ConfigError
+from tests.engine.model_world import family_model
+
+
+def test_it_is_built_once_and_then_loaded(tmp_path: Path) -> None:
+    first = native.load_native(tmp_path)
+    assert first.library is not None, first.reason
+    (built,) = tmp_path.iterdir()
+    stamp = built.stat().st_mtime_ns
+    again = native.load_native(tmp_path)
+    assert again.library is not None
+    assert [file.name for file in tmp_path.iterdir()] == [built.name]
+    assert built.stat().st_mtime_ns == stamp
+
+
+def test_without_a_compiler_the_reason_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    config = Config(model_cache=str(tmp_path / "models"))
+    library, note = choose_kernel(config, family_model("llama"))
+    assert library is None
+    assert note == (
+        "attention: gather, slower than the native kernel, because no C++ compiler (g++) was found"
+    )
+    wanted = Config(model_cache=str(tmp_path), engine=EngineConfig(attention="native"))
+    with pytest.raises(ConfigError, match="native, but no C"):
+        choose_kernel(wanted, family_model("llama"))
+
+
+def test_a_compiler_that_fails_is_told_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "g++"
+    broken.write_text("#!/bin/sh\necho 'error: out of order' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    loading = native.load_native(tmp_path / "kernels")
+    assert loading.library is None
+    assert "out of order" in loading.reason
+
+
+def test_a_folder_that_others_can_write_to_is_not_trusted(tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    loading = native.load_native(shared)
+    assert loading.library is None
+    assert "other users" in loading.reason
+    assert not list(shared.iterdir())
+
+
+def test_gather_is_taken_when_asked_for_and_for_other_dtypes(tmp_path: Path) -> None:
+    asked = Config(engine=EngineConfig(attention="gather"))
+    assert choose_kernel(asked, family_model("llama")) == (None, "attention: gather (asked for)")
+    assert not native.native_supports(torch.float16, torch.device("cpu"))
+    assert not native.native_supports(torch.bfloat16, torch.device("cuda"))
+
+
+def test_only_one_openmp_runtime_is_loaded(tmp_path: Path) -> None:
+    """A second pool of threads would fight the first one for the cores."""
+    code = (
+        "import sys, torch\n"
+        "from pathlib import Path\n"
+        "from pdserve.engine.native import load_native\n"
+        "assert load_native(Path(sys.argv[1])).library is not None\n"
+        "files = {l.rsplit(maxsplit=1)[-1] for l in open('/proc/self/maps') if 'omp' in l}\n"
+        "names = ('libgomp', 'libiomp', 'libomp')\n"
+        "print(len({f for f in files if f.rsplit('/', 1)[-1].startswith(names)}))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "1"

@@ -1,0 +1,103 @@
+"""The probe passes what serves well and refuses, with the reason, what does not."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from pdserve.engine import attention
+from pdserve.engine.model import LoadedModel, load_model
+from pdserve.engine.probe import probe, relative_difference
+from pdserve.errors import ModelRefused
+from pdserve.types import Numerics
+from tests.engine.model_world import CPU, family_folder, family_model, kernel
+from tests.models import FAMILIES
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("native", [True, False], ids=["native", "gather"])
+def test_every_family_passes_far_below_the_tolerance(family: str, native: bool) -> None:
+    report = probe(family_model(family), kernel() if native else None)
+    assert report.difference < 1e-5 < report.tolerance
+
+
+def test_bfloat16_passes() -> None:
+    loaded = load_model(
+        family_folder("llama"), dtype="bfloat16", numerics=Numerics.FAST, device=CPU
+    )
+    report = probe(loaded, kernel())
+    assert 0 < report.difference < report.tolerance
+
+
+@pytest.fixture
+def loaded() -> LoadedModel:
+    return load_model(family_folder("llama"), dtype="float64", numerics=Numerics.EXACT, device=CPU)
+
+
+@pytest.mark.parametrize("wrong", ["window", "softcap", "scaling"])
+def test_attention_that_computes_something_else_is_refused(
+    loaded: LoadedModel, wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = attention.paged_attention
+
+    def off(module: Any, q: Any, k: Any, v: Any, mask: Any, **kwargs: Any) -> Any:
+        changed = {"window": {"sliding_window": 9}, "softcap": {"softcap": 1.0}}
+        changed["scaling"] = {"scaling": kwargs["scaling"] * 0.8}
+        return right(module, q, k, v, mask, **{**kwargs, **changed[wrong]})
+
+    monkeypatch.setattr(attention, "paged_attention", off)
+    attention.register()
+    try:
+        with pytest.raises(ModelRefused, match="logits differ"):
+            probe(loaded, kernel())
+    finally:
+        monkeypatch.undo()
+        attention.register()
+    probe(loaded, kernel())
+
+
+def test_a_layer_that_bypasses_the_pool_is_refused(loaded: LoadedModel) -> None:
+    """A module that answers attention itself: fewer layers reach the pool than were traced."""
+    layer = loaded.model.model.layers[1].self_attn
+    layer.forward = lambda hidden_states, **kwargs: (hidden_states, None)
+    with pytest.raises(ModelRefused, match="2 of 3 layers attended"):
+        probe(loaded, kernel())
+
+
+def test_rows_that_leak_into_each_other_are_refused(loaded: LoadedModel) -> None:
+    """A model that mixes neighbouring tokens of the line (a convolution) cannot be packed."""
+    mlp = loaded.model.model.layers[0].mlp
+    plain = mlp.forward
+    mlp.forward = lambda x: plain(x + 0.5 * torch.roll(x, 1, dims=1))
+    with pytest.raises(ModelRefused, match="logits differ"):
+        probe(loaded, kernel())
+
+
+def test_nan_is_never_within_tolerance(loaded: LoadedModel) -> None:
+    good = torch.randn(5, 7)
+    bad = good.clone()
+    bad[4, 2] = float("nan")
+    assert relative_difference(good, good) == 0
+    assert not relative_difference(bad, good) <= 1
+    with torch.no_grad():
+        loaded.model.lm_head.weight[3, 3] = float("nan")
+    with pytest.raises(ModelRefused, match="nan"):
+        probe(loaded, kernel())
+
+
+def test_a_short_context_is_probed_too(tmp_path: Path) -> None:
+    for length in (1, 2, 6, 17):
+        short = dataclasses.replace(family_model("llama"), max_model_len=length)
+        assert probe(short, kernel()).difference < 1e-5
+
+
+def test_the_model_attends_over_the_pool_again_afterwards(loaded: LoadedModel) -> None:
+    probe(loaded, kernel())
+    assert isinstance(loaded.model, transformers.LlamaForCausalLM)
+    assert loaded.model.config._attn_implementation == attention.IMPLEMENTATION
+    assert not any(hasattr(m, attention.LAYER_ATTRIBUTE) for m in loaded.modules)

@@ -1,0 +1,138 @@
+"""A built engine: real model, shared memory pool and scheduler together answer like the model."""
+
+from __future__ import annotations
+
+import os
+import queue
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cache_tiers.keys import KeyMaker
+from pdserve.config import Config, EngineConfig, ModelConfig
+from pdserve.engine.api import Event, Failed, Job, SeqId, Submit, Tokens
+from pdserve.engine.build import BuiltEngine, build_engine
+from pdserve.engine.memory import MemoryKind
+from pdserve.errors import ConfigError, DoesNotFit
+from pdserve.types import AttemptTokens, Incarnation, Numerics, Sampling
+from tests.engine.model_world import family_folder, generate
+from tests.models import CONTEXT, VOCAB
+
+MAKER = KeyMaker(b"k" * 16)
+COUNT = 8
+
+
+def build(
+    events: queue.Queue[Event], kernels: Path, *, pool_blocks: int = 40, **engine: object
+) -> BuiltEngine:
+    def sink(batch: Sequence[Event]) -> None:
+        for event in batch:
+            events.put(event)
+
+    config = Config(
+        model_cache=str(kernels),
+        model=ModelConfig(numerics="exact", dtype="float64"),
+        engine=EngineConfig(prefill_chunk=32, **engine),  # type: ignore[arg-type]
+    )
+    return build_engine(
+        config=config,
+        model_path=str(family_folder("qwen3")),
+        pool_blocks=pool_blocks,
+        device="cpu",
+        threads=1,
+        incarnation=Incarnation(os.urandom(16)),
+        hasher=MAKER.child,
+        has_tiers=False,
+        sink=sink,
+        workers_on_host=1,
+    )
+
+
+def submit(built: BuiltEngine, prompt: list[int]) -> SeqId:
+    root = MAKER.root(built.facts.fingerprint, b"")
+    tokens = AttemptTokens(
+        token_ids=tuple(prompt),
+        prompt_len=len(prompt),
+        key_root=root,
+        block_keys=MAKER.chain(root, prompt, built.layout.block_size),
+    )
+    seq = SeqId(os.urandom(16))
+    built.engine.post(
+        Submit(seq, Job.GENERATE, tokens, Sampling(max_tokens=COUNT, temperature=0.0))
+    )
+    return seq
+
+
+def answers(events: queue.Queue[Event], seqs: Sequence[SeqId]) -> list[list[int]]:
+    found: dict[SeqId, list[int]] = {seq: [] for seq in seqs}
+    open_seqs = set(seqs)
+    while open_seqs:
+        event = events.get(timeout=60)
+        assert not isinstance(event, Failed), event
+        if isinstance(event, Tokens):
+            found[event.seq] += [token.token_id for token in event.tokens]
+            if event.finish is not None:
+                open_seqs.discard(event.seq)
+    return [found[seq] for seq in seqs]
+
+
+@pytest.mark.parametrize("attention", ["native", "gather"])
+def test_prompts_together_and_again_from_the_cache(attention: str, tmp_path: Path) -> None:
+    events: queue.Queue[Event] = queue.Queue()
+    built = build(events, tmp_path, attention=attention)
+    draw = np.random.default_rng(5)
+    prompts = [draw.integers(5, VOCAB, n).tolist() for n in (1, 16, 17, 70, 110)]
+    expected = [generate("qwen3", prompt, COUNT)[0] for prompt in prompts]
+    built.engine.start()
+    try:
+        for _ in range(2):
+            assert answers(events, [submit(built, p) for p in prompts]) == expected
+    finally:
+        built.engine.stop()
+        built.memory.close()
+
+
+def test_what_was_built_is_said(tmp_path: Path) -> None:
+    built = build(queue.Queue(), tmp_path, pool_blocks=10)
+    facts = built.facts
+    assert built.memory.kind is MemoryKind.SHARED
+    assert (built.memory.num_blocks, built.memory.span_bytes) == (10, built.layout.span_bytes)
+    assert (facts.max_model_len, facts.vocab_size, facts.block_size) == (CONTEXT, VOCAB, 16)
+    assert (facts.dtype, facts.numerics, len(facts.fingerprint)) == ("float64", Numerics.EXACT, 32)
+    assert torch.get_num_threads() == 1
+    said = "\n".join(built.notes)
+    print(said)
+    assert "3 layers" in said
+    assert "attention: native kernel" in said
+    assert "probe: logits differ" in said
+    assert "pool 10 blocks" in said
+    assert "holds 160 tokens" in said
+    built.memory.close()
+
+
+def test_two_workers_agree_about_the_fingerprint(tmp_path: Path) -> None:
+    one, two = (build(queue.Queue(), tmp_path, pool_blocks=n) for n in (4, 6))
+    assert one.facts.fingerprint == two.facts.fingerprint
+    other = build(queue.Queue(), tmp_path, pool_blocks=4, block_size=8)
+    assert other.facts.fingerprint != one.facts.fingerprint
+    for built in (one, two, other):
+        built.memory.close()
+
+
+def test_a_computed_pool_obeys_its_cap(tmp_path: Path) -> None:
+    built = build(queue.Queue(), tmp_path, pool_blocks=0, pool_bytes_max=2**20)
+    assert built.memory.num_blocks == 2**20 // built.layout.span_bytes
+    built.memory.close()
+
+
+def test_what_cannot_be_built(tmp_path: Path) -> None:
+    with pytest.raises(DoesNotFit, match="the model does not fit: weights"):
+        build(queue.Queue(), tmp_path, pool_blocks=10**9)
+    with pytest.raises(ConfigError, match="device"):
+        build_engine(
+            Config(), str(family_folder("llama")), 0, "tpu:0", 1, Incarnation(bytes(16)),
+            MAKER.child, False, lambda _: None, 1,
+        )  # fmt: skip
