@@ -78,6 +78,9 @@ class SelfTest:
         model = self._registry.model()
         if model is None or not self._dispatcher.servable()[0]:
             return False
+        if any(view.state is WorkerState.STARTING for view in self._registry.snapshot()):
+            # It is heard within the bound of silence; until then the test could miss its half.
+            return False
         proof = self._proof
         if proof is None or proof.fingerprint != model.fingerprint:
             return True

@@ -77,19 +77,23 @@ async def core(config: Config | None = None) -> AsyncIterator[Core]:
 
 
 @contextlib.asynccontextmanager
-async def cluster(*workers: ScriptedWorker, config: Config | None = None) -> AsyncIterator[Core]:
-    for worker in workers:
-        await worker.start()
-    try:
-        async with core(config) as made:
-            await made.join(*workers)
-            yield made
-    finally:
+async def serving(*workers: ScriptedWorker) -> AsyncIterator[None]:
+    """They listen; afterwards none does, whatever happened."""
+    async with contextlib.AsyncExitStack() as stack:
         for worker in workers:
-            await worker.kill()
+            await worker.start()
+            stack.push_async_callback(worker.kill)
+        yield
 
 
-async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+@contextlib.asynccontextmanager
+async def cluster(*workers: ScriptedWorker, config: Config | None = None) -> AsyncIterator[Core]:
+    async with serving(*workers), core(config) as made:
+        await made.join(*workers)
+        yield made
+
+
+async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110 (anything may be waited for)
             await asyncio.sleep(0.01)
@@ -99,7 +103,7 @@ def drive(test: Callable[[], Coroutine[Any, Any, T]]) -> T:
     """Runs a test's coroutine, bounded."""
 
     async def bounded() -> T:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             return await test()
 
     return asyncio.run(bounded())

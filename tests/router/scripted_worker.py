@@ -138,17 +138,18 @@ class ScriptedWorker(worker_pb2_grpc.WorkerServicer, worker_pb2_grpc.DecodeServi
     load: Load = Load()
     beating: bool = True
     moves_kv: bool = True
+    port: int = 0
     starts: list[worker_pb2.StartAttempt] = field(default_factory=list)
     cancelled: list[bytes] = field(default_factory=list)
     keep_alives: int = 0
     running: set[asyncio.Task[None]] = field(default_factory=set)
 
-    async def start(self, port: int = 0) -> WorkerFacts:
+    async def start(self) -> WorkerFacts:
         self._beat = asyncio.Event()
         self.server = make_server(TOKEN)
         worker_pb2_grpc.add_WorkerServicer_to_server(self, self.server)
         worker_pb2_grpc.add_DecodeServicer_to_server(self, self.server)
-        self.port = bind(self.server, f"127.0.0.1:{port}")
+        self.port = bind(self.server, f"127.0.0.1:{self.port}")
         await self.server.start()
         plain = facts(self.name, self.role, blocks=self.blocks, model=self.model)
         self.facts = replace(plain, address=f"127.0.0.1:{self.port}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from router_harness import cluster, collect, core, drive, tokens, until
+from router_harness import cluster, collect, core, drive, serving, tokens, until
 from scripted_worker import Break, ScriptedWorker, Write, answer, job
 
 from pdserve.types import Role, WorkerState
@@ -41,12 +41,11 @@ def test_a_worker_that_is_not_there_yet_is_found_when_it_comes() -> None:
         async with core() as made:
             made.registry.set_workers([facts])
             await until(lambda: made.registry.state(facts) is WorkerState.SUSPECT)
-            back = ScriptedWorker("d0")
-            await back.start(worker.port)
-            back.facts = facts
-            await until(lambda: made.registry.state(facts) is WorkerState.READY)
-            assert tokens(await collect(made, job(prompt=PROMPT))) == answer(PROMPT, 8)
-            await back.kill()
+            back = ScriptedWorker("d0", port=worker.port)
+            async with serving(back):
+                back.facts = facts
+                await until(lambda: made.registry.state(facts) is WorkerState.READY)
+                assert tokens(await collect(made, job(prompt=PROMPT))) == answer(PROMPT, 8)
 
     drive(story)
 
@@ -56,14 +55,13 @@ def test_another_process_at_the_address_is_not_taken_for_the_worker() -> None:
         worker = ScriptedWorker("d0")
         async with cluster(worker) as made:
             await worker.kill()
-            impostor = ScriptedWorker("d0")
-            await impostor.start(worker.port)
-            await until(lambda: made.registry.state(worker.facts) is WorkerState.SUSPECT)
-            await asyncio.sleep(0.3)
-            assert made.registry.state(worker.facts) is WorkerState.SUSPECT
-            await made.join(impostor)
-            assert tokens(await collect(made, job(prompt=PROMPT))) == answer(PROMPT, 8)
-            await impostor.kill()
+            impostor = ScriptedWorker("d0", port=worker.port)
+            async with serving(impostor):
+                await until(lambda: made.registry.state(worker.facts) is WorkerState.SUSPECT)
+                await asyncio.sleep(0.3)
+                assert made.registry.state(worker.facts) is WorkerState.SUSPECT
+                await made.join(impostor)
+                assert tokens(await collect(made, job(prompt=PROMPT))) == answer(PROMPT, 8)
 
     drive(story)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import grpc.aio
 import pytest
-from router_harness import drive, prefill, settings, until
+from router_harness import drive, prefill, serving, settings, until
 from scripted_worker import MODEL, TOKEN, VOCAB, ScriptedWorker, answer
 
 from pdserve.errors import ConfigError, ProtocolError, Unauthenticated
@@ -135,6 +135,11 @@ def status_of(address: str) -> int:
         return error.code
 
 
+async def ready(address: str) -> None:
+    while await asyncio.to_thread(status_of, address) != 200:  # noqa: ASYNC110
+        await asyncio.sleep(0.05)
+
+
 async def generate(address: str, prompt: list[int], count: int) -> tuple[list[int], Any]:
     request = inference_pb2.GenerateRequest(
         token_ids=inference_pb2.TokenIds(ids=prompt),
@@ -154,33 +159,30 @@ def test_a_whole_life(boot: RouterBoot, tmp_path: Path) -> None:
         addresses = await router.addresses()
         assert set(addresses) == {"http", "grpc", "internal"}
         assert await asyncio.to_thread(status_of, addresses["http"]) == 503
-        workers = [ScriptedWorker("d0"), prefill()]
-        for worker in workers:
-            await worker.start()
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await set_workers(addresses["internal"], "guess", *workers)
-        assert isinstance(from_rpc_error(caught.value), Unauthenticated)
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await set_workers(addresses["internal"], TOKEN, *workers, workers[0])
-        assert isinstance(from_rpc_error(caught.value), ProtocolError)
-        await set_workers(addresses["internal"], TOKEN, *workers)
-        while await asyncio.to_thread(status_of, addresses["http"]) != 200:  # noqa: ASYNC110
-            await asyncio.sleep(0.05)
+        worker, reader = ScriptedWorker("d0"), prefill()
+        async with serving(worker, reader):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await set_workers(addresses["internal"], "guess", worker, reader)
+            assert isinstance(from_rpc_error(caught.value), Unauthenticated)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await set_workers(addresses["internal"], TOKEN, worker, reader, worker)
+            assert isinstance(from_rpc_error(caught.value), ProtocolError)
+            await set_workers(addresses["internal"], TOKEN, worker, reader)
+            await ready(addresses["http"])
+            assert worker.starts[0].prefill.worker_id == "p0", "proven with a hand-off"
 
-        got, usage = await generate(addresses["grpc"], [5, 6, 7], 9)
-        assert got == answer([5, 6, 7], 9)
-        assert (usage.prefill_worker, usage.decode_worker) == ("p0", "d0")
+            got, usage = await generate(addresses["grpc"], [5, 6, 7], 9)
+            assert got == answer([5, 6, 7], 9)
+            assert (usage.prefill_worker, usage.decode_worker) == ("p0", "d0")
 
-        # A request that runs when the signal comes is answered to its end.
-        workers[0].token_delay_s = 0.1
-        running = asyncio.create_task(generate(addresses["grpc"], [5, 6, 7], 9))
-        await until(lambda: len(workers[0].starts) == 3)
-        router.process.send_signal(signal.SIGTERM)
-        assert (await running)[0] == answer([5, 6, 7], 9)
-        assert await router.exit_status() == 0
-        await until(lambda: not workers[0].running)
-        for worker in workers:
-            await worker.kill()
+            # A request that runs when the signal comes is answered to its end.
+            worker.token_delay_s = 0.1
+            before = len(worker.starts)
+            running = asyncio.create_task(generate(addresses["grpc"], [5, 6, 7], 9))
+            await until(lambda: len(worker.starts) > before)
+            router.process.send_signal(signal.SIGTERM)
+            assert (await running)[0] == answer([5, 6, 7], 9)
+            assert await router.exit_status() == 0
 
     router = RouterProcess(boot, tmp_path)
     try:
@@ -192,21 +194,22 @@ def test_a_whole_life(boot: RouterBoot, tmp_path: Path) -> None:
 def test_a_second_signal_cuts_the_drain_short(boot: RouterBoot, tmp_path: Path) -> None:
     async def story(router: RouterProcess) -> None:
         addresses = await router.addresses()
-        worker = ScriptedWorker("d0", token_delay_s=3)
-        await worker.start()
-        await set_workers(addresses["internal"], TOKEN, worker)
-        await until(lambda: len(worker.starts) == 1)  # the router's own test
-        running = asyncio.create_task(generate(addresses["grpc"], [5, 6, 7], 9))
-        await until(lambda: len(worker.starts) == 2)
-        router.process.send_signal(signal.SIGTERM)
-        await asyncio.sleep(0.3)
-        assert router.process.poll() is None, "it drains"
-        router.process.send_signal(signal.SIGINT)
-        async with asyncio.timeout(2):
-            assert await router.exit_status() == 0
-        with pytest.raises(grpc.aio.AioRpcError):
-            await running
-        await worker.kill()
+        worker = ScriptedWorker("d0")
+        async with serving(worker):
+            await set_workers(addresses["internal"], TOKEN, worker)
+            await ready(addresses["http"])
+            worker.token_delay_s = 60
+            before = len(worker.starts)
+            running = asyncio.create_task(generate(addresses["grpc"], [5, 6, 7], 9))
+            await until(lambda: len(worker.starts) > before)
+            router.process.send_signal(signal.SIGTERM)
+            await asyncio.sleep(0.5)
+            assert router.process.poll() is None, "it drains"
+            router.process.send_signal(signal.SIGINT)
+            async with asyncio.timeout(10):
+                assert await router.exit_status() == 0
+            with pytest.raises(grpc.aio.AioRpcError):
+                await running
 
     router = RouterProcess(boot, tmp_path)
     try:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
-from router_harness import Core, cluster, drive, prefill, settings, until
+from router_harness import Core, cluster, drive, prefill, serving, settings, until
 from scripted_worker import BLOCK, Fail, ScriptedWorker
 
 from pdserve.errors import TransferError
@@ -78,8 +78,7 @@ def test_kv_that_does_not_move_is_not_ready_in_strict_mode(monkeypatch) -> None:
 def test_a_prefill_worker_that_joins_later_is_proven_too() -> None:
     async def story() -> None:
         worker, late = ScriptedWorker("d0"), prefill()
-        await late.start()
-        async with cluster(worker) as made, self_testing(made):
+        async with serving(late), cluster(worker) as made, self_testing(made):
             await until(lambda: ready(made))
             await made.join(worker, late)
             await until(lambda: len(worker.starts) == 2)
@@ -87,7 +86,6 @@ def test_a_prefill_worker_that_joins_later_is_proven_too() -> None:
             await asyncio.sleep(0.2)
             assert len(worker.starts) == 2, "and that is enough"
             assert ready(made)
-        await late.kill()
 
     drive(story)
 
