@@ -152,7 +152,6 @@ def _connection_pool(url: str, timeout_s: float) -> redis.ConnectionPool:
         pool = redis.ConnectionPool.from_url(
             url,
             protocol=2,
-            driver_info=None,
             socket_timeout=timeout_s,
             socket_connect_timeout=timeout_s,
             max_connections=_CONNECTIONS_MAX,

@@ -283,6 +283,7 @@ def test_what_redis_could_not_delete_stays_fenced_until_it_can(
     client = real_redis.client()
     client.execute_command("ACL", "SETUSER", "default", "-unlink")
     world.manager.forget([keys[1], keys[2]])
+    world.manager.forget([keys[2]])
     assert world.manager.quiesce(10)
     assert world.manager.stats().writes.undeleted_keys == 2
     assert world.read(keys) == [R]
