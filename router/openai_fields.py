@@ -80,7 +80,7 @@ _SHARED = _PASSED | {
     "return_token_ids",
     "best_of",
 }
-_READ = {
+READ = {
     Kind.CHAT: _SHARED
     | {
         "messages",
@@ -105,7 +105,7 @@ _IGNORED = frozenset(
     }
 )
 # Name -> the values beside null that ask for nothing.
-_NEUTRAL: Mapping[str, tuple[object, ...]] = {
+NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "tools": ([],),
     "tool_choice": ("none",),
     "functions": ([],),
@@ -146,7 +146,7 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
 
 def parse(kind: Kind, body: Body, *, max_prompts: int) -> Ask:
     """Raises InvalidRequest."""
-    check_names(body, _READ[kind])
+    check_names(body, READ[kind])
     _check_best_of(body)
     stream = _flag(body, "stream")
     echo = kind is Kind.COMPLETION and _flag(body, "echo")
@@ -186,9 +186,9 @@ def check_names(body: Body, read: frozenset[str]) -> None:
     for name, value in body.items():
         if name in read or name in _IGNORED:
             continue
-        if name not in _NEUTRAL:
+        if name not in NEUTRAL:
             raise _unknown(name, read)
-        neutral = _NEUTRAL[name]
+        neutral = NEUTRAL[name]
         if value is not None and not any(type(value) is type(ok) and value == ok for ok in neutral):
             raise Unsupported(
                 f"{name}: {fields.show(value)} is not supported by this server", param=name

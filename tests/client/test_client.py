@@ -268,5 +268,6 @@ def test_the_client_is_thin() -> None:
         "heavy = {'torch', 'transformers', 'ray', 'tokenizers', 'router', 'numpy'}\n"
         "sys.exit(' '.join(sorted(heavy & sys.modules.keys())) or 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr

@@ -19,6 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from pdserve.config import Config, ModelConfig, RouterConfig, SecurityConfig
 from pdserve.errors import PdserveError
+from pdserve.rpc.identity import Caller, mint
 from pdserve.types import (
     CachedTokens,
     Fingerprint,
@@ -291,7 +292,9 @@ def running_world(
         security=security or SecurityConfig(),
         model=model or ModelConfig(),
     )
-    boot = RouterBoot(config, str(folder), SERVED, "token", b"k" * 32, str(folder))
+    boot = RouterBoot(
+        config, str(folder), SERVED, mint("token", Caller.ROUTER), b"k" * 32, str(folder)
+    )
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()

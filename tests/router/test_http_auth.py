@@ -189,5 +189,5 @@ def test_a_wrong_certificate_is_one_clear_error(certificate, wrong: str) -> None
         "missing": SecurityConfig(tls_cert="/no/such/file", tls_key=key),
         "swapped": SecurityConfig(tls_cert=key, tls_key=cert),
     }[wrong]
-    with pytest.raises(ConfigError, match="tls_key|cannot be used"):
+    with pytest.raises(ConfigError, match=r"tls_key|cannot be used"):
         load_tls(security)

@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 
 from pdserve.config import Config, ModelConfig, RouterConfig
 from pdserve.errors import ConfigError, ModelRefused
+from pdserve.rpc.identity import Caller, mint
 from router.boot import RouterBoot
 from router.fronts import start_fronts
 from router.model_files import load_model
@@ -34,7 +35,8 @@ def test_a_port_in_use_is_one_clear_error(model_folder, front: str) -> None:
         port = taken.getsockname()[1]
         ports = {"http_port": 0, "grpc_port": 0, f"{front}_port": port}
         config = Config(router=dataclasses.replace(RouterConfig(), **ports))
-        boot = RouterBoot(config, str(model_folder), SERVED, "t", b"k" * 32, "")
+        me = mint("t", Caller.ROUTER)
+        boot = RouterBoot(config, str(model_folder), SERVED, me, b"k" * 32, "")
         dispatcher = ScriptedDispatcher(default_script, 400, 2)
         with pytest.raises(ConfigError) as caught:
             asyncio.run(start_fronts(boot, dispatcher))
@@ -137,5 +139,6 @@ def test_the_fronts_load_neither_torch_nor_transformers() -> None:
         "heavy = {'torch', 'transformers', 'ray', 'kv_transfer', 'pdserve.engine'}\n"
         "sys.exit(' '.join(sorted(heavy & sys.modules.keys())) or 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr

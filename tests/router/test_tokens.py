@@ -107,11 +107,11 @@ def test_variables_reach_the_template() -> None:
     ],
 )
 def test_whatever_a_template_does_is_a_typed_error_soon(source: str, says: str) -> None:
-    start = time.monotonic()
+    start = time.thread_time()
     with pytest.raises(InvalidRequest, match=says) as caught:
         render(source)
     assert caught.value.param == "messages"
-    assert time.monotonic() - start < 2.0
+    assert time.thread_time() - start < 2.0
 
 
 def test_a_template_that_does_not_compile_is_a_configuration_error() -> None:
@@ -145,10 +145,9 @@ def test_templates_are_found_where_models_keep_them(tmp_path) -> None:
 
 def test_hopelessly_long_text_is_refused_without_encoding_it(model_folder) -> None:
     service = TokenService(load_model(str(model_folder), SERVED, Config()), 1)
-    start = time.perf_counter()
+    service.pieces.encode = None  # would fail if it were called
     with pytest.raises(ContextTooLong, match="at least"):
         asyncio.run(service.encode("prompt", "x" * 8_000_000, add_special_tokens=True, limit=256))
-    assert time.perf_counter() - start < 0.1
     service.close()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -17,6 +18,7 @@ from http_talk import Reply, post
 
 from pdserve.v1 import inference_pb2 as pb
 from pdserve.v1 import inference_pb2_grpc as pb_grpc
+from router.openai_fields import NEUTRAL, READ, Kind
 
 NAN, INF = float("nan"), float("inf")
 VOCAB = 400
@@ -76,6 +78,18 @@ def complete(world: World, body: dict[str, Any]) -> Reply:
     return post(world.http, "/v1/completions", json.dumps(body).encode())
 
 
+def soon(limit_s: float, ask: Callable[[], Reply]) -> Reply:
+    """The answer, which on an idle machine comes within the limit; a busy one gets more tries."""
+    took = []
+    for _ in range(8):
+        start = time.monotonic()
+        reply = ask()
+        took.append(time.monotonic() - start)
+        if took[-1] < limit_s:
+            return reply
+    raise AssertionError(f"each of these took more than {limit_s} s: {took}")
+
+
 def generate(world: World, **fields: Any) -> grpc.RpcError | None:
     """The error that the request ends with."""
     sampling = {f: v for f, v in fields.items() if f in pb.SamplingParams.DESCRIPTOR.fields_by_name}
@@ -97,16 +111,13 @@ def trailer(error: grpc.RpcError, key: str) -> str | None:
 
 @pytest.mark.parametrize(("field", "value"), ALL, ids=name)
 def test_http_names_the_field(world: World, field: str, value: Any) -> None:
-    start = time.monotonic()
-    reply = complete(world, {"prompt": "the dog", field: value})
-    took = time.monotonic() - start
+    reply = soon(0.1, lambda: complete(world, {"prompt": "the dog", field: value}))
     error = reply.json["error"]
     assert reply.status == (404 if error["code"] == "model_not_found" else 400), error
     assert error["param"].startswith(field), error
     assert error["message"].startswith(field), error
     assert len(error["message"]) < 300
     assert world.dispatcher.jobs == []
-    assert took < 0.1, f"took {took:.3f} s"
 
 
 @pytest.mark.parametrize(("field", "value"), BOTH, ids=name)
@@ -158,13 +169,10 @@ PROMPTS: list[Any] = [
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=name)
 def test_http_refuses_bad_prompts(world: World, prompt: Any) -> None:
-    start = time.monotonic()
-    reply = complete(world, {"prompt": prompt})
-    took = time.monotonic() - start
+    reply = soon(0.2, lambda: complete(world, {"prompt": prompt}))
     assert reply.status == 400, reply.body[:200]
     assert reply.json["error"]["param"].startswith("prompt")
     assert world.dispatcher.jobs == []
-    assert took < 0.2, f"took {took:.3f} s"
 
 
 def test_a_prompt_without_room_for_an_answer_names_the_figures(world: World) -> None:
@@ -365,3 +373,25 @@ def test_bad_requests_change_nothing_for_others(world: World) -> None:
         complete(world, {**body, field: value})
     assert complete(world, body).json["choices"] == before
     assert len(world.dispatcher.jobs) == 2
+
+
+STRANGE: list[Any] = [
+    *(True, 0, -1, 1.5, 1e308, 10**25, NAN, "", "x", "\ud800", [], [[]], [None], {}, {"a": {}}),
+]
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+def test_no_value_of_any_field_is_a_fault_of_the_server(world: World, kind: Kind) -> None:
+    """Every field there is with every kind of strange value, alone."""
+    path = {Kind.CHAT: "/v1/chat/completions", Kind.COMPLETION: "/v1/completions"}[kind]
+    base = {"messages": [{"role": "user", "content": "x"}], "prompt": "x", "max_tokens": 2}
+    base.pop("prompt" if kind is Kind.CHAT else "messages")
+    names = sorted(READ[kind] | NEUTRAL.keys())
+    assert len(names) > 50
+    for field in names:
+        for value in STRANGE:
+            body = json.dumps({**base, field: value}).encode()
+            reply = post(world.http, path, body)
+            assert reply.status in (200, 400, 404), (field, value, reply.body)
+            if reply.status != 200:
+                assert reply.json["error"]["message"], (field, value)
