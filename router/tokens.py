@@ -24,6 +24,11 @@ from router.model_files import ServedModel
 P = ParamSpec("P")
 T = TypeVar("T")
 
+# The head of a very long text is encoded first: characters for each token of the context, and how
+# many tokens the cut may add to it.
+PROBE_CHARS = 6
+PROBE_SLACK = 64
+
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SPACE_PIECE = "\u2581"  # SentencePiece's spelling of a space
 
@@ -123,9 +128,14 @@ class TokenService:
     async def encode(
         self, name: str, text: str, *, add_special_tokens: bool, limit: int
     ) -> tuple[int, ...]:
-        """``limit``: tokens that are of use; text that must have more is not even encoded."""
+        """``limit``: tokens that are of use; text that must have more is not encoded to its end."""
         pieces = self._pieces(name)
         least = len(text.encode()) // pieces.longest_piece
+        if least <= limit and len(text) > PROBE_CHARS * limit:
+            head = await self.run(
+                pieces.encode, text[: PROBE_CHARS * limit], add_special_tokens=False
+            )
+            least = len(head) - PROBE_SLACK
         if least > limit:
             raise ContextTooLong(
                 f"{name}: {len(text)} characters are at least {least} tokens; the model's context "

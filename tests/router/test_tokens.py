@@ -183,3 +183,26 @@ def test_the_embedded_model_tokenizes_as_transformers_does() -> None:
     asyncio.run(run())
     assert service.eos_ids
     service.close()
+
+
+def test_a_long_text_is_refused_after_its_head(model_folder) -> None:
+    service = TokenService(load_model(str(model_folder), SERVED, Config()), 1)
+    seen: list[int] = []
+    encode = service.pieces.encode
+
+    def counting(text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        seen.append(len(text))
+        return encode(text, add_special_tokens=add_special_tokens)
+
+    service.pieces.encode = counting
+    limit = 256
+    with pytest.raises(ContextTooLong, match="at least"):
+        asyncio.run(
+            service.encode("prompt", "fox dog " * 250, add_special_tokens=True, limit=limit)
+        )
+    assert max(seen) == 6 * limit
+    # Long text of few tokens is encoded to its end.
+    few = "the quick brown fox" * 4
+    ids = asyncio.run(service.encode("prompt", few, add_special_tokens=True, limit=9))
+    assert ids == encode(few, add_special_tokens=True)
+    service.close()
