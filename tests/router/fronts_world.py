@@ -18,7 +18,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from pdserve.config import Config, ModelConfig, RouterConfig, SecurityConfig
-from pdserve.errors import PdserveError
+from pdserve.errors import Overloaded, PdserveError
 from pdserve.rpc.identity import Caller, mint
 from pdserve.types import (
     CachedTokens,
@@ -126,6 +126,7 @@ class ScriptedDispatcher:
         self.stop_ids_end = True
         self.fail_after: dict[int, PdserveError] = {}  # tokens made -> error, each used once
         self.is_ready: tuple[bool, str] = (True, "")
+        self.places: int | None = None
         self.facts: ModelFacts | None = ModelFacts(
             path="tiny",
             max_model_len=CONTEXT,
@@ -144,8 +145,15 @@ class ScriptedDispatcher:
     def model(self) -> ModelFacts | None:
         return self.facts
 
+    def check_room(self, coming: int, prepared: int) -> None:
+        if self.places is not None and self.open + prepared + coming > self.places:
+            raise Overloaded("full", retry_after_s=1.5)
+
     def ready(self) -> tuple[bool, str]:
         return self.is_ready
+
+    def check_room(self, coming: int, prepared: int) -> None:
+        """There always is some."""
 
     def workers(self) -> tuple[WorkerView, ...]:
         assert self.facts is not None
