@@ -152,9 +152,6 @@ class ScriptedDispatcher:
     def ready(self) -> tuple[bool, str]:
         return self.is_ready
 
-    def check_room(self, coming: int, prepared: int) -> None:
-        """There always is some."""
-
     def workers(self) -> tuple[WorkerView, ...]:
         assert self.facts is not None
         facts = WorkerFacts(
