@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import redis
@@ -42,7 +43,7 @@ class RedisLink:
 
     def __init__(self, url: str, config: RedisTierConfig, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._pool = _connection_pool(url, config.timeout_s)
+        self._pool = _connection_pool(url, config)
         self._lock = threading.Lock()
         self._breakers = {
             direction: Breaker(config.breaker_failures, config.breaker_open_s)
@@ -146,8 +147,9 @@ class RedisLink:
             self._pool.release(connection)
 
 
-def _connection_pool(url: str, timeout_s: float) -> redis.ConnectionPool:
+def _connection_pool(url: str, config: RedisTierConfig) -> redis.ConnectionPool:
     """Connects to nothing yet."""
+    timeout_s = config.timeout_s
     try:
         pool = redis.ConnectionPool.from_url(
             url,
@@ -156,10 +158,36 @@ def _connection_pool(url: str, timeout_s: float) -> redis.ConnectionPool:
             socket_connect_timeout=timeout_s,
             max_connections=_CONNECTIONS_MAX,
         )
+        # The URL's own settings would win over arguments.
+        pool.connection_kwargs.update(_access(config))
         pool.connection_class(**pool.connection_kwargs)  # an unknown option raises here
     except (ValueError, TypeError, redis.RedisError) as error:
         raise ConfigError(f"cache.redis.url cannot be used: {type(error).__name__}") from error
     return pool
+
+
+def _access(config: RedisTierConfig) -> dict[str, str]:
+    """Who we are to the server, and whose certificate it must show. ConfigError."""
+    settings: dict[str, str] = {}
+    if config.username:
+        settings["username"] = config.username
+    if config.password_file:
+        settings["password"] = _first_line(config.password_file, "cache.redis.password_file")
+    if config.ca_file:
+        _first_line(config.ca_file, "cache.redis.ca_file")
+        settings["ssl_ca_certs"] = str(Path(config.ca_file).expanduser())
+    return settings
+
+
+def _first_line(path: str, key: str) -> str:
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{key} = {path!r} cannot be read", param=key) from error
+    line = text.partition("\n")[0].strip()
+    if not line:
+        raise ConfigError(f"{key} = {path!r}: the file is empty", param=key)
+    return line
 
 
 def _socket(connection: Any) -> socket.socket:

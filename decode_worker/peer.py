@@ -14,6 +14,7 @@ import grpc
 
 from pdserve.errors import WorkerLost
 from pdserve.rpc.channels import make_channel
+from pdserve.rpc.identity import Identity
 from pdserve.rpc.status import from_rpc_error
 from pdserve.v1 import kv_pb2, kv_pb2_grpc
 
@@ -69,15 +70,17 @@ class PrefillPeer:
 class PeerStubs:
     """One channel per prefill address, opened when first used."""
 
-    def __init__(self, token: str, max_message_bytes: int) -> None:
-        self._token = token
+    def __init__(self, identity: Identity, max_message_bytes: int) -> None:
+        self._identity = identity
         self._max_message_bytes = max_message_bytes
         self._channels: dict[str, grpc.aio.Channel] = {}
 
     def stub(self, address: str) -> kv_pb2_grpc.PrefillStub:
         channel = self._channels.get(address)
         if channel is None:
-            channel = make_channel(address, self._token, max_message_bytes=self._max_message_bytes)
+            channel = make_channel(
+                address, self._identity, max_message_bytes=self._max_message_bytes
+            )
             self._channels[address] = channel
         return kv_pb2_grpc.PrefillStub(channel)
 

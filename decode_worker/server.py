@@ -41,10 +41,10 @@ class DecodeWorker:
         built = self._core.built
         self._caches = WorkerCaches(boot, built.memory, built.facts.fingerprint)
         self._readers = ReaderPool(
-            built.memory, built.facts.fingerprint, config.transfer, boot.cluster_token
+            built.memory, built.facts.fingerprint, config.transfer, boot.identity.transfer_token
         )
         self._threads = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="kv-read")
-        self._stubs = PeerStubs(boot.cluster_token, config.transfer.max_message_bytes)
+        self._stubs = PeerStubs(boot.identity, config.transfer.max_message_bytes)
         self._service: DecodeService | None = None
         self.facts: WorkerFacts = self._core.open(self._caches.ports(), self._add_services)
 

@@ -122,6 +122,9 @@ class RedisTierConfig:
         choices=("local", "url", "off"),
     )
     url: str = opt("", "redis://, rediss:// or unix:// address for mode url.")
+    username: str = opt("", "ACL user for mode url; empty takes the URL's, or the default user.")
+    password_file: str = opt("", "File with the password for mode url; empty takes the URL's.")
+    ca_file: str = opt("", "PEM authority of a rediss:// server; empty takes the system's.")
     bytes_max: int = opt(512 * 2**20, "maxmemory of the local server.", low=2**20)
     value_bytes_max: int = opt(64 * 2**20, "Longest value that is stored.", low=2**10)
     expiry_s: int = opt(86400, "Entries expire after so long.", low=1)
@@ -170,6 +173,9 @@ class RouterConfig:
     )
     attempts_prefill: int = opt(2, "Prefill attempts without progress.", low=1)
     attempts_decode: int = opt(3, "Decode attempts without progress.", low=1)
+    recovery_share: float = opt(
+        0.2, "Share of the running requests that may recover at once; more wait.", low=0.01, high=1
+    )
     tokenizer_threads: int = opt(2, "Threads that tokenize and render templates.", low=1)
 
 
@@ -191,6 +197,14 @@ class SecurityConfig:
     tls_cert: str = opt("", "PEM certificate of the public fronts.")
     tls_key: str = opt("", "PEM key of the public fronts.")
     cluster_token_file: str = opt("", "Internal calls' token; empty mints one at start.")
+    internal_ca: str = opt(
+        "", "PEM authority of internal calls; with cert and key both ends must show a certificate."
+    )
+    internal_cert: str = opt("", "PEM certificate that every process shows to the others.")
+    internal_key: str = opt("", "PEM key of internal_cert.")
+    internal_name: str = opt(
+        "pdserve.internal", "DNS name that every internal certificate carries."
+    )
     hash_key_file: str = opt("", "Key of the block hashes; empty keeps one in the state folder.")
 
 

@@ -55,8 +55,26 @@ def _tls_pair(config: Config) -> str:
     return f"security.{have} is set and security.{lack} is not: TLS needs both"
 
 
+def _internal_tls(config: Config) -> str:
+    security = config.security
+    keys = ("internal_ca", "internal_cert", "internal_key")
+    lacking = [key for key in keys if not getattr(security, key)]
+    if len(lacking) == len(keys):
+        return ""
+    if lacking:
+        return f"security.{lacking[0]} is not set: mutual TLS needs internal_ca, _cert and _key"
+    return "" if security.internal_name else "security.internal_name is empty: mutual TLS needs it"
+
+
 def _redis_url(config: Config) -> str:
     redis = config.cache.redis
+    if redis.ca_file and urlsplit(redis.url).scheme != "rediss":
+        return "cache.redis.ca_file is set but cache.redis.url is no rediss:// one"
+    if redis.mode != "url" and (redis.username or redis.password_file):
+        return (
+            "cache.redis.username and cache.redis.password_file are for cache.redis.mode url, "
+            f"not {redis.mode!r}"
+        )
     if redis.mode == "url":
         if urlsplit(redis.url).scheme in _REDIS_SCHEMES:
             return ""
@@ -113,6 +131,7 @@ RULES: tuple[Callable[[Config], str], ...] = (
     _somebody_answers,
     _exact_is_wide,
     _tls_pair,
+    _internal_tls,
     _redis_url,
     _ray_address,
     _redis_reachable,

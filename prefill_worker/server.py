@@ -30,7 +30,7 @@ class PrefillWorker:
             built.memory,
             built.facts.fingerprint,
             bind_host=boot.host,
-            cluster_token=boot.cluster_token,
+            cluster_token=boot.identity.transfer_token,
             transports=tuple(Transport(name) for name in config.transfer.transports),
         )
         self._service: PrefillService | None = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pdserve.config import Config
+from pdserve.rpc.identity import Identity
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +18,7 @@ class RouterBoot:
     config: Config
     model_path: str  # local folder with tokenizer, config and generation_config
     served_name: str
-    cluster_token: str
+    identity: Identity
     hash_key: bytes  # hex in the file
     run_dir: str
     # host:port for the Membership service (internal); port 0 picks one.

@@ -12,14 +12,16 @@ from typing import Any
 
 from pdserve.config_load import config_from_dict, config_to_dict
 from pdserve.errors import ConfigError
+from pdserve.rpc.identity import identity_from_dict, identity_to_dict
 from router.boot import RouterBoot
 
-_TEXTS = ("model_path", "served_name", "cluster_token", "run_dir", "internal_address")
+_TEXTS = ("model_path", "served_name", "run_dir", "internal_address")
 
 
 def write_boot(path: str | Path, boot: RouterBoot) -> None:
     """Replaces ``path`` in one step. OSError when the disk refuses."""
     data = {name: getattr(boot, name) for name in _TEXTS}
+    data["identity"] = identity_to_dict(boot.identity)
     data["hash_key"] = boot.hash_key.hex()
     data["config"] = config_to_dict(boot.config)
     target = Path(path)
@@ -41,7 +43,7 @@ def read_boot(path: str | Path) -> RouterBoot:
         data = json.loads(text)
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON: {error}") from error
-    expected = {*_TEXTS, "hash_key", "config"}
+    expected = {*_TEXTS, "identity", "hash_key", "config"}
     if not isinstance(data, dict) or set(data) != expected:
         raise ConfigError(f"{path}: expected an object with exactly {sorted(expected)}")
     return _parse(data, str(path))
@@ -61,6 +63,7 @@ def _parse(data: dict[str, Any], path: str) -> RouterBoot:
         raise ConfigError(f"{path}: hash_key has {len(hash_key)} bytes, not 16 to 64")
     return RouterBoot(
         config=config_from_dict(data["config"]),
+        identity=identity_from_dict(data["identity"]),
         hash_key=hash_key,
         **{name: data[name] for name in _TEXTS},
     )

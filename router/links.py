@@ -21,6 +21,7 @@ from pdserve.config import TimersConfig
 from pdserve.errors import PdserveError, StaleIncarnation, WorkerLost
 from pdserve.rpc import convert
 from pdserve.rpc.channels import from_rpc_error, make_channel
+from pdserve.rpc.identity import Identity
 from pdserve.types import AttemptId, Incarnation, Role, WorkerFacts, WorkerState
 from pdserve.v1 import worker_pb2, worker_pb2_grpc
 from router.counters import Counters
@@ -35,10 +36,10 @@ class Links:
     """Event loop only. Reports to the registry what it hears, and does what the registry says."""
 
     def __init__(
-        self, registry: Registry, token: str, timers: TimersConfig, counters: Counters
+        self, registry: Registry, identity: Identity, timers: TimersConfig, counters: Counters
     ) -> None:
         self._registry = registry
-        self._token = token
+        self._identity = identity
         self._timers = timers
         self._counters = counters
         self._links: dict[Incarnation, _Link] = {}
@@ -76,7 +77,7 @@ class Links:
             link = self._links.get(incarnation)
             if link is None:
                 link = self._links[incarnation] = _Link(
-                    facts, self._registry, self._token, self._timers, self._counters
+                    facts, self._registry, self._identity, self._timers, self._counters
                 )
             state = self._registry.state(facts)
             if state is WorkerState.SUSPECT:
@@ -102,7 +103,7 @@ class _Link:
         self,
         facts: WorkerFacts,
         registry: Registry,
-        token: str,
+        identity: Identity,
         timers: TimersConfig,
         counters: Counters,
     ) -> None:
@@ -111,7 +112,7 @@ class _Link:
         self._registry = registry
         self._timers = timers
         self._counters = counters
-        self._channel = make_channel(facts.address, token)
+        self._channel = make_channel(facts.address, identity)
         self._watcher = asyncio.create_task(self._watch(), name=f"watch-{facts.id}")
 
     def open_session(self) -> DecodeSession:

@@ -49,7 +49,7 @@ class RouterServer:
         counters = Counters()
         self._boot = boot
         self._registry = Registry(config.timers)
-        self._links = Links(self._registry, boot.cluster_token, config.timers, counters)
+        self._links = Links(self._registry, boot.identity, config.timers, counters)
         self._kv_view = KvView(self._registry, config.cache)
         self.dispatcher = RequestDispatcher(
             config,
@@ -68,11 +68,11 @@ class RouterServer:
 
     async def start(self) -> Addresses:
         """Listens everywhere. ConfigError names the address that is taken."""
-        self._internal = make_server(self._boot.cluster_token)
+        self._internal = make_server(self._boot.identity)
         worker_pb2_grpc.add_MembershipServicer_to_server(
             MembershipService(self._registry), self._internal
         )
-        port = bind(self._internal, self._boot.internal_address)
+        port = bind(self._internal, self._boot.internal_address, self._boot.identity.tls)
         await self._internal.start()
         self._fronts = await start_fronts(self._boot, self.dispatcher)
         selftest = SelfTest(self.dispatcher, self._registry, self._boot.config)

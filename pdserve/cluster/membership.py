@@ -29,6 +29,7 @@ from pdserve.config import TimersConfig
 from pdserve.errors import ConfigError
 from pdserve.rpc.channels import make_channel
 from pdserve.rpc.convert import worker_facts_to_proto
+from pdserve.rpc.identity import Identity
 from pdserve.types import WorkerFacts, WorkerId
 from pdserve.v1 import worker_pb2, worker_pb2_grpc
 
@@ -39,6 +40,7 @@ POLL_S = 0.25
 STARTING_POLL_S = 0.05
 RESTART_POLL_MAX_S = 10.0
 REPUSH_S = 10.0
+_REFUSED = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
 CONTROL_PLANE_TIMEOUT_S = 2.0
 
 
@@ -74,14 +76,14 @@ class Membership:
         actors: Mapping[WorkerId, Any],
         router: Router,
         internal_address: Callable[[], str],
-        cluster_token: str,
+        identity: Identity,
         timers: TimersConfig,
         note: Callable[[str], None],
     ) -> None:
         self._actors = dict(actors)
         self._router = router
         self._internal_address = internal_address
-        self._token = cluster_token
+        self._identity = identity
         self._timers = timers
         self._note = note
         self._seen = {worker: Seen() for worker in actors}
@@ -228,13 +230,13 @@ class Membership:
         if generation == 0:
             return False
         request = worker_pb2.SetWorkersRequest(workers=[worker_facts_to_proto(w) for w in workers])
-        async with make_channel(self._internal_address(), self._token) as channel:
+        async with make_channel(self._internal_address(), self._identity) as channel:
             stub = worker_pb2_grpc.MembershipStub(channel)
             try:
                 await stub.SetWorkers(request, timeout=self._timers.dead_after_s)
             except grpc.aio.AioRpcError as error:
-                if error.code() is grpc.StatusCode.UNAUTHENTICATED:
-                    raise ConfigError("the router refuses the cluster's token") from error
+                if error.code() in _REFUSED:
+                    raise ConfigError("the router refuses the cluster's credential") from error
                 logger.warning("telling the router of its workers failed: %s", error.code().name)
                 return False
         with self._changed:

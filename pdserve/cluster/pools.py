@@ -22,8 +22,16 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from pdserve.cluster.actor import ActorBoot, WorkerActor
 from pdserve.config import Config
 from pdserve.errors import ConfigError
+from pdserve.rpc.identity import Caller, mint
+from pdserve.rpc.tls import internal_tls
 from pdserve.types import Role, WorkerId
 from pdserve.worker.boot import WorkerBoot
+
+_CALLERS = {
+    Role.PREFILL: Caller.PREFILL,
+    Role.DECODE: Caller.DECODE,
+    Role.MIXED: Caller.DECODE,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +151,9 @@ class Pools:
             host=spec.host,
             model_path=spec.model_path,
             pool_blocks=spec.config.engine.pool_blocks,
-            cluster_token=spec.cluster_token,
+            identity=mint(
+                spec.cluster_token, _CALLERS[plan.role], tls=internal_tls(spec.config.security)
+            ),
             hash_key=spec.hash_key,
             redis_url=spec.redis_url,
             # Ray shows a worker its own GPU alone.

@@ -24,6 +24,8 @@ from pdserve.cluster.child import Child, tail_of
 from pdserve.cluster.orphans import MARK
 from pdserve.config import Config
 from pdserve.errors import ConfigError, InternalError
+from pdserve.rpc.identity import Caller, mint
+from pdserve.rpc.tls import internal_tls
 
 _START_TIMEOUT_S = 60.0
 _ANSWER_BYTES_MAX = 65536
@@ -111,7 +113,7 @@ class RouterProcess:
                 config=config,
                 model_path=spec.model_path,
                 served_name=spec.served_name,
-                cluster_token=spec.cluster_token,
+                identity=mint(spec.cluster_token, Caller.ROUTER, tls=internal_tls(config.security)),
                 hash_key=spec.hash_key,
                 run_dir=str(spec.boot_dir),
                 internal_address=internal,

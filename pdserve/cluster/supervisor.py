@@ -33,6 +33,8 @@ from pdserve.config import Config
 from pdserve.engine.progress import Progress as ModelStep
 from pdserve.engine.resolve import PreparedModel, default_cache, prepare_model
 from pdserve.errors import DeadlineExceeded, WorkerLost, from_wire
+from pdserve.rpc.identity import Caller, mint
+from pdserve.rpc.tls import internal_tls
 from pdserve.types import Role, WorkerFacts, WorkerId
 from pdserve.worker.boot import ENTRY_POINTS
 
@@ -306,7 +308,7 @@ class Cluster:
             self._pools.actors,
             router,
             lambda: router.addresses.internal,
-            secret.token,
+            mint(secret.token, Caller.SUPERVISOR, tls=internal_tls(self.config.security)),
             timers,
             self._progress.note,
         )

@@ -1,8 +1,9 @@
-"""The cluster's token on internal calls: attached by every client, demanded by every server.
+"""Credentials on internal calls: attached by every client, demanded by every server.
 
-client: TokenChannel adds ``authorization: Bearer <token>`` to each call it opens.
-server: TokenInterceptor compares it in constant time before the method is looked up, so a caller
-without the token learns nothing about what is served and no handler, request parser included, runs.
+client: TokenChannel adds ``authorization: Bearer <credential>`` to each call it opens.
+server: RoleInterceptor asks the process's Identity who calls and whether that role may, before the
+method is looked up: a caller without a credential learns nothing about what is served, and no
+handler, request parser included, runs.
 
 The channel is wrapped where calls are *opened* instead of intercepted: gRPC's own client
 interceptors put a queue and a task between a stream and each of its messages, and token streams
@@ -11,7 +12,6 @@ would pay for that on every step.
 
 from __future__ import annotations
 
-import hmac
 from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Any
@@ -19,19 +19,13 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from pdserve.errors import ConfigError, Unauthenticated
+from pdserve.errors import PdserveError, Unauthenticated
+from pdserve.rpc.identity import POLICY, Identity, Policy
 from pdserve.rpc.status import abort_with
 
 HEADER = "authorization"
 
 Metadata = Sequence[tuple[str, str | bytes]]
-
-
-def bearer(token: str) -> str:
-    """The header's value. ConfigError for a token that a header cannot carry."""
-    if not token or not token.isascii() or not token.isprintable() or " " in token:
-        raise ConfigError("the cluster's token must be printable ASCII without spaces, not empty")
-    return f"Bearer {token}"
 
 
 class _Opener:
@@ -46,23 +40,26 @@ class _Opener:
 
 
 class TokenChannel(grpc.aio.Channel):  # type: ignore[misc]
-    """A channel of which every call carries the token. Owns, and closes, the channel inside."""
+    """A channel whose calls carry the caller's credential. Owns, and closes, the channel inside."""
 
-    def __init__(self, inner: grpc.aio.Channel, token: str) -> None:
+    def __init__(self, inner: grpc.aio.Channel, identity: Identity) -> None:
         self._inner = inner
-        self._metadata: Metadata = ((HEADER, bearer(token)),)
+        self._identity = identity
 
-    def unary_unary(self, *args: Any, **options: Any) -> Any:
-        return _Opener(self._inner.unary_unary(*args, **options), self._metadata)
+    def unary_unary(self, method: str, *args: Any, **options: Any) -> Any:
+        return self._opener(method, self._inner.unary_unary(method, *args, **options))
 
-    def unary_stream(self, *args: Any, **options: Any) -> Any:
-        return _Opener(self._inner.unary_stream(*args, **options), self._metadata)
+    def unary_stream(self, method: str, *args: Any, **options: Any) -> Any:
+        return self._opener(method, self._inner.unary_stream(method, *args, **options))
 
-    def stream_unary(self, *args: Any, **options: Any) -> Any:
-        return _Opener(self._inner.stream_unary(*args, **options), self._metadata)
+    def stream_unary(self, method: str, *args: Any, **options: Any) -> Any:
+        return self._opener(method, self._inner.stream_unary(method, *args, **options))
 
-    def stream_stream(self, *args: Any, **options: Any) -> Any:
-        return _Opener(self._inner.stream_stream(*args, **options), self._metadata)
+    def stream_stream(self, method: str, *args: Any, **options: Any) -> Any:
+        return self._opener(method, self._inner.stream_stream(method, *args, **options))
+
+    def _opener(self, method: str, inner: Callable[..., Any]) -> _Opener:
+        return _Opener(inner, ((HEADER, self._identity.header(method)),))
 
     async def __aenter__(self) -> TokenChannel:
         await self._inner.__aenter__()
@@ -89,31 +86,33 @@ class TokenChannel(grpc.aio.Channel):  # type: ignore[misc]
         await self._inner.channel_ready()
 
 
-class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """Refuses, with UNAUTHENTICATED, every call that does not carry the token."""
+class RoleInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Refuses every call whose caller is not known, or whose role the policy does not name."""
 
-    def __init__(self, token: str) -> None:
-        self._expected = bearer(token).encode()
-        # One kind of handler refuses all four kinds of call: it neither reads nor answers.
-        self._refuse = grpc.stream_stream_rpc_method_handler(_refuse)
+    def __init__(self, identity: Identity, policy: Policy = POLICY) -> None:
+        self._identity = identity
+        self._policy = policy
 
     async def intercept_service(
         self,
         continuation: Callable[[Any], Awaitable[grpc.RpcMethodHandler]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler:
-        if self._allowed(handler_call_details.invocation_metadata or ()):
-            return await continuation(handler_call_details)
-        return self._refuse
-
-    def _allowed(self, metadata: Metadata) -> bool:
+        metadata: Metadata = handler_call_details.invocation_metadata or ()
         given = [value for name, value in metadata if name == HEADER]
-        if len(given) != 1:
-            return False
-        value = given[0]
-        raw = value if isinstance(value, bytes) else value.encode()
-        return hmac.compare_digest(raw, self._expected)
+        try:
+            if len(given) != 1:
+                raise Unauthenticated("this call needs a credential of the cluster")
+            self._identity.judge(given[0], handler_call_details.method, self._policy)
+        except PdserveError as error:
+            return _refusal(error)
+        return await continuation(handler_call_details)
 
 
-async def _refuse(_requests: object, context: grpc.aio.ServicerContext) -> None:
-    await abort_with(context, Unauthenticated("this call needs the cluster's token"))
+def _refusal(error: PdserveError) -> grpc.RpcMethodHandler:
+    """One kind of handler refuses all four kinds of call: it neither reads nor answers."""
+
+    async def refuse(_requests: object, context: grpc.aio.ServicerContext) -> None:
+        await abort_with(context, error)
+
+    return grpc.stream_stream_rpc_method_handler(refuse)

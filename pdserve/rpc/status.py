@@ -88,7 +88,8 @@ async def abort_with(context: grpc.aio.ServicerContext, error: PdserveError) -> 
 
 
 async def _abort(context: grpc.aio.ServicerContext, error: Exception, method: str) -> NoReturn:
-    if isinstance(error, grpc.aio.AbortError):  # the handler ended the call itself
+    # The handler ended the call itself, or a write failed because its deadline did.
+    if isinstance(error, grpc.aio.AbortError | grpc.aio.InternalError):
         raise error
     if isinstance(error, PdserveError):
         await abort_with(context, error)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from pdserve.config import Config
+from pdserve.rpc.identity import Identity
 from pdserve.types import Role, WorkerFacts, WorkerId
 
 
@@ -24,7 +25,7 @@ class WorkerBoot:
     host: str  # address to bind, and to be reached at
     model_path: str  # local folder, already converted
     pool_blocks: int  # 0: compute from memory
-    cluster_token: str
+    identity: Identity
     hash_key: bytes
     redis_url: str  # empty: no Redis tier
     device: str = "cpu"  # or cuda:N

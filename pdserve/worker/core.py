@@ -65,7 +65,7 @@ class WorkerCore:
         for note in self.built.notes:
             logger.info("%s: %s", boot.worker_id, note)
         limits = boot.config.transfer
-        self.shell = WorkerShell(boot.worker_id, boot.cluster_token, limits.max_message_bytes)
+        self.shell = WorkerShell(boot.worker_id, boot.identity, limits.max_message_bytes)
         self._service: WorkerService | None = None
         self._ports: Ports | None = None
 

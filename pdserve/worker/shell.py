@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 
 import grpc
 
-from pdserve.errors import ConfigError
-from pdserve.rpc.channels import make_server
+from pdserve.rpc.channels import bind, make_server
+from pdserve.rpc.identity import Identity
 
 T = TypeVar("T")
 
@@ -27,9 +27,9 @@ T = TypeVar("T")
 class WorkerShell:
     """Owns the loop, its thread and the server."""
 
-    def __init__(self, name: str, token: str, max_message_bytes: int) -> None:
+    def __init__(self, name: str, identity: Identity, max_message_bytes: int) -> None:
         self.loop = asyncio.new_event_loop()
-        self._token = token
+        self._identity = identity
         self._max_message_bytes = max_message_bytes
         self._server: grpc.aio.Server | None = None
         self._thread = threading.Thread(target=self._run_loop, name=f"{name}-rpc", daemon=True)
@@ -53,11 +53,8 @@ class WorkerShell:
         self.loop.close()
 
     async def _serve(self, host: str, add_services: Callable[[grpc.aio.Server, str], None]) -> None:
-        server = make_server(self._token, max_message_bytes=self._max_message_bytes)
-        try:
-            port = server.add_insecure_port(f"{host}:0")
-        except RuntimeError as error:
-            raise ConfigError(f"cannot listen on {host}: {error}") from error
+        server = make_server(self._identity, max_message_bytes=self._max_message_bytes)
+        port = bind(server, f"{host}:0", self._identity.tls)
         add_services(server, f"{host}:{port}")
         await server.start()
         self._server = server

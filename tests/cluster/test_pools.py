@@ -18,6 +18,7 @@ from pdserve.cluster import orphans, ray_node
 from pdserve.config import Config, PoolsConfig
 from pdserve.errors import ConfigError
 from pdserve.rpc.channels import bind, make_server
+from pdserve.rpc.identity import Caller, mint
 from pdserve.types import Role, WorkerId
 from pdserve.v1 import worker_pb2, worker_pb2_grpc
 
@@ -69,7 +70,7 @@ class RecordingRouter(worker_pb2_grpc.MembershipServicer):
 
     async def _serve(self) -> None:
         self._closing = asyncio.Event()
-        server = make_server(TOKEN)
+        server = make_server(mint(TOKEN, Caller.ROUTER))
         worker_pb2_grpc.add_MembershipServicer_to_server(self, server)
         self.address = f"127.0.0.1:{bind(server, '127.0.0.1:0')}"
         await server.start()
@@ -114,7 +115,7 @@ class Stand:
             self.pools.actors,
             self.router,
             lambda: self.router.address,
-            TOKEN,
+            mint(TOKEN, Caller.SUPERVISOR),
             config.timers,
             self.notes.append,
         )

@@ -11,7 +11,7 @@ import secrets
 import signal
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from pdserve.config import Config
 from pdserve.config_load import load_config
 from pdserve.engine.resolve import default_cache, prepare_model
 from pdserve.faults import Action, Step
+from pdserve.rpc import identity
 from pdserve.types import WorkerFacts
 from pdserve.v1 import worker_pb2 as pb
 from pdserve.v1 import worker_pb2_grpc as pb_grpc
@@ -84,9 +85,8 @@ class Running:
         return [self.on_worker(f, call) for f in self.cluster.workers() if f.id != ignoring]
 
     def on_worker(self, facts: WorkerFacts, call: Callable[[pb_grpc.WorkerStub], Any]) -> Any:
-        token = (("authorization", f"Bearer {TOKEN}"),)
         with grpc.insecure_channel(facts.address) as channel:
-            return call(_WithToken(pb_grpc.WorkerStub(channel), token))
+            return call(_AsOperator(pb_grpc.WorkerStub(channel)))
 
     def flush(self, *tiers: str) -> None:
         self.each_worker(lambda stub: stub.Flush(pb.FlushRequest(tiers=tiers)))
@@ -196,11 +196,13 @@ def is_stopped(pid: int) -> bool:
     return stat.rsplit(")", 1)[1].split()[0] == "T"
 
 
-class _WithToken:
-    """Adds the cluster's token to each call of a stub."""
+class _AsOperator:
+    """Calls as whoever holds the cluster's token."""
 
-    def __init__(self, stub: pb_grpc.WorkerStub, metadata: Sequence[tuple[str, str]]) -> None:
-        self._stub, self._metadata = stub, metadata
+    def __init__(self, stub: pb_grpc.WorkerStub) -> None:
+        self._stub = stub
+        header = identity.mint(TOKEN, identity.Caller.OPERATOR).header("/pdserve.v1.Worker/")
+        self._metadata = (("authorization", header),)
 
     def __getattr__(self, name: str) -> Callable[[Any], Any]:
         method = getattr(self._stub, name)

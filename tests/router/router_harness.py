@@ -12,6 +12,7 @@ from scripted_worker import TOKEN, ScriptedWorker
 
 from cache_tiers.keys import KeyMaker
 from pdserve.config import CacheConfig, Config, PoolsConfig, RouterConfig, TimersConfig
+from pdserve.rpc.identity import Caller, mint
 from pdserve.types import Role, WorkerState
 from router.api import Delta, Job
 from router.counters import Counters
@@ -58,7 +59,7 @@ async def core(config: Config | None = None) -> AsyncIterator[Core]:
     config = config or settings()
     counters = Counters()
     registry = Registry(config.timers)
-    links = Links(registry, TOKEN, config.timers, counters)
+    links = Links(registry, mint(TOKEN, Caller.ROUTER), config.timers, counters)
     view = KvView(registry, config.cache)
     dispatcher = RequestDispatcher(config, registry, links, view, KeyMaker(b"k" * 16), counters)
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pdserve.errors import PdserveError, WorkerLost
 from pdserve.rpc import convert
 from pdserve.rpc.channels import bind, make_server
+from pdserve.rpc.identity import Caller, mint
 from pdserve.types import (
     Fingerprint,
     Incarnation,
@@ -146,7 +147,7 @@ class ScriptedWorker(worker_pb2_grpc.WorkerServicer, worker_pb2_grpc.DecodeServi
 
     async def start(self) -> WorkerFacts:
         self._beat = asyncio.Event()
-        self.server = make_server(TOKEN)
+        self.server = make_server(mint(TOKEN, Caller.DECODE))
         worker_pb2_grpc.add_WorkerServicer_to_server(self, self.server)
         worker_pb2_grpc.add_DecodeServicer_to_server(self, self.server)
         self.port = bind(self.server, f"127.0.0.1:{self.port}")

@@ -22,6 +22,7 @@ from scripted_worker import MODEL, TOKEN, VOCAB, ScriptedWorker, answer
 from pdserve.errors import ConfigError, ProtocolError, Unauthenticated
 from pdserve.rpc import convert
 from pdserve.rpc.channels import from_rpc_error, make_channel
+from pdserve.rpc.identity import Caller, mint
 from pdserve.v1 import inference_pb2, inference_pb2_grpc, worker_pb2, worker_pb2_grpc
 from router.boot import RouterBoot
 from router.boot_file import read_boot, write_boot
@@ -39,7 +40,7 @@ def boot(tmp_path: Path) -> RouterBoot:
         config=settings(http_port=0, grpc_port=0, skip_handoff_tokens=0),
         model_path=str(model),
         served_name="tiny",
-        cluster_token=TOKEN,
+        identity=mint(TOKEN, Caller.ROUTER),
         hash_key=b"h" * 32,
         run_dir=str(tmp_path),
     )
@@ -60,7 +61,7 @@ def test_the_start_file_is_private_and_comes_back_whole(boot: RouterBoot, tmp_pa
     [
         {"hash_key": "zz"},
         {"hash_key": "00"},
-        {"cluster_token": 7},
+        {"identity": {"caller": "king"}},
         {"config": []},
         {"config": {"router": {"policy": "dice"}}},
         {"extra": 1},
@@ -123,7 +124,7 @@ async def set_workers(address: str, token: str, *workers: ScriptedWorker) -> Non
     request = worker_pb2.SetWorkersRequest(
         workers=[convert.worker_facts_to_proto(worker.facts) for worker in workers]
     )
-    async with make_channel(address, token) as channel:
+    async with make_channel(address, mint(token, Caller.SUPERVISOR)) as channel:
         await worker_pb2_grpc.MembershipStub(channel).SetWorkers(request)
 
 
