@@ -104,6 +104,7 @@ def build_engine(
         f"probe: logits differ from eager attention's by {report.difference:.1e} "
         f"(at most {report.tolerance:g})",
         *_pool_notes(size, loaded),
+        *_thread_notes(where, workers_on_host),
     )
     return BuiltEngine(engine, memory, layout, _facts(model_path, loaded, layout), notes)
 
@@ -152,6 +153,23 @@ def _pool_notes(size: PoolSize, loaded: LoadedModel) -> tuple[str, ...]:
         size.sum,
         f"the pool holds {size.longest} tokens, fewer than the model's context of "
         f"{loaded.max_model_len}: longer sequences will be refused",
+    )
+
+
+def _thread_notes(device: torch.device, workers_on_host: int) -> tuple[str, ...]:
+    """OpenMP's threads spin while they wait, which ruins everybody once they outnumber the cores.
+
+    The runtime reads the setting when it is loaded, so only whoever starts the process can set it.
+    """
+    threads, cores = torch.get_num_threads() * workers_on_host, len(os.sched_getaffinity(0))
+    calm = os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive" or (
+        os.environ.get("GOMP_SPINCOUNT") == "0"
+    )
+    if device.type != "cpu" or threads <= cores or calm:
+        return ()
+    return (
+        f"{workers_on_host} workers have {threads} threads on {cores} cores and wait by spinning: "
+        "start them with OMP_WAIT_POLICY=passive, or with fewer threads",
     )
 
 

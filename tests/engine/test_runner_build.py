@@ -26,7 +26,12 @@ COUNT = 8
 
 
 def build(
-    events: queue.Queue[Event], kernels: Path, *, pool_blocks: int = 40, **engine: object
+    events: queue.Queue[Event],
+    kernels: Path,
+    *,
+    pool_blocks: int = 40,
+    workers: int = 1,
+    **engine: object,
 ) -> BuiltEngine:
     def sink(batch: Sequence[Event]) -> None:
         for event in batch:
@@ -47,7 +52,7 @@ def build(
         hasher=MAKER.child,
         has_tiers=False,
         sink=sink,
-        workers_on_host=1,
+        workers_on_host=workers,
     )
 
 
@@ -111,6 +116,18 @@ def test_what_was_built_is_said(tmp_path: Path) -> None:
     assert "pool 10 blocks" in said
     assert "holds 160 tokens" in said
     built.memory.close()
+
+
+def test_threads_that_would_fight_for_the_cores_are_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = len(os.sched_getaffinity(0)) + 1
+    for policy, expected in (("", True), ("PASSIVE", False)):
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+        monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+        built = build(queue.Queue(), tmp_path, pool_blocks=4, workers=many)
+        assert any("OMP_WAIT_POLICY" in note for note in built.notes) is expected
+        built.memory.close()
 
 
 def test_two_workers_agree_about_the_fingerprint(tmp_path: Path) -> None:
