@@ -82,10 +82,7 @@ def build_engine(
         config.engine,
         pool_blocks or config.engine.pool_blocks,
     )
-    if where.type == "cuda":
-        memory = allocate_cuda(size.blocks, layout.span_bytes, incarnation, where)
-    else:
-        memory = allocate_shared(size.blocks, layout.span_bytes, incarnation)
+    memory = _allocate(size.blocks, layout, incarnation, where)
     engine = Engine(
         runner=ModelRunner(loaded, pool_view(memory.blocks, layout), library),
         block_size=layout.block_size,
@@ -98,8 +95,7 @@ def build_engine(
         max_model_len=loaded.max_model_len,
     )
     notes = (
-        f"{loaded.model.config.model_type}, {len(loaded.layers)} layers, {loaded.dtype}, "
-        f"{loaded.numerics.value} numerics, on {where} with {torch.get_num_threads()} threads",
+        *_model_notes(loaded),
         attention_note,
         f"probe: logits differ from eager attention's by {report.difference:.1e} "
         f"(at most {report.tolerance:g})",
@@ -144,6 +140,22 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {name}: this torch sees no CUDA device")
     return device
+
+
+def _allocate(
+    blocks: int, layout: BlockLayout, incarnation: Incarnation, device: torch.device
+) -> PoolMemory:
+    if device.type == "cuda":
+        return allocate_cuda(blocks, layout.span_bytes, incarnation, device)
+    return allocate_shared(blocks, layout.span_bytes, incarnation)
+
+
+def _model_notes(loaded: LoadedModel) -> tuple[str, ...]:
+    return (
+        f"{loaded.model.config.model_type}, {len(loaded.layers)} layers, {loaded.dtype}, "
+        f"{loaded.numerics.value} numerics, on {loaded.device} with {torch.get_num_threads()} "
+        "threads",
+    )
 
 
 def _pool_notes(size: PoolSize, loaded: LoadedModel) -> tuple[str, ...]:
