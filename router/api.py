@@ -83,6 +83,13 @@ class WorkerView:
 class Dispatcher(Protocol):
     """What a front needs from the rest of the router."""
 
+    def check_room(self, coming: int, prepared: int) -> None:
+        """Before work is done for ``coming`` new jobs, while it is done for ``prepared`` others.
+
+        Raises what ``generate`` would raise for want of a place: Overloaded, Draining.
+        """
+        ...
+
     def generate(self, job: Job) -> AsyncIterator[Delta]:
         """Raises PdserveError before or between deltas; closing the iterator cancels the job."""
         ...

@@ -1,5 +1,6 @@
 """The requests that run now, by id: admission, duplicates, take-over.
 
+room   whether a new request would be refused for want of a place
 open   a new id, or a resume of a running one by the same principal, which fences the old one
 close  forgets a request, unless its id has been taken over meanwhile
 """
@@ -26,6 +27,15 @@ class RequestBook:
         self._empty = asyncio.Event()
         self._empty.set()
 
+    def __len__(self) -> int:
+        """Generators that have not ended; the load that the router carries."""
+        return len(self._open)
+
+    def check_room(self, coming: int, prepared: int) -> None:
+        """Overloaded when ``coming`` requests find no place beside ``prepared`` other ones."""
+        if len(self._by_id) + prepared + coming > self._max:
+            raise Overloaded(f"{self._max} requests are in flight", retry_after_s=RETRY_AFTER_S)
+
     def open(self, request: RequestLog) -> RequestLog | None:
         """Admits it; the answer is the request that it takes over, which the caller must end."""
         job = request.job
@@ -34,8 +44,13 @@ class RequestBook:
             raise DuplicateRequest(
                 f"request {job.request_id} is running; resume takes it over", param="request_id"
             )
-        if running is None and len(self._by_id) >= self._max:
-            raise Overloaded(f"{self._max} requests are in flight", retry_after_s=RETRY_AFTER_S)
+        if running is None:
+            self.check_room(1, 0)
+        if len(self._open) >= 2 * self._max:
+            # Answered, or taken over, and nobody reads their last words.
+            raise Overloaded(
+                "too many requests wait for their clients", retry_after_s=RETRY_AFTER_S
+            )
         self._by_id[job.request_id] = request
         self._open.add(request)
         self._empty.clear()

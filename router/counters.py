@@ -17,6 +17,8 @@ class Counters:
     attempts: int = 0
     attempts_failed: int = 0
     takeovers: int = 0  # resumes that fenced a running request
+    parked: int = 0  # attempts ended because their client read nothing
+    recoveries_delayed: int = 0  # by the recovery budget
     late_events: int = 0  # of fenced attempts or former incarnations: dropped
     protocol_errors: int = 0  # gaps, repeats and other things that no worker should send
 

@@ -20,7 +20,9 @@ from pdserve.errors import (
     Cancelled,
     DeadlineExceeded,
     Draining,
+    InvalidRequest,
     NoWorker,
+    Overloaded,
     PdserveError,
 )
 from pdserve.rpc import convert
@@ -30,6 +32,7 @@ from pdserve.v1 import worker_pb2
 from router.api import Delta, Job, WorkerView
 from router.attempt import Attempt
 from router.book import RequestBook
+from router.budget import RecoveryBudget
 from router.counters import Counters
 from router.inbox import POKE, Ended, Poke
 from router.kv_view import KvView
@@ -41,6 +44,10 @@ from router.relay import relay
 from router.request_log import Accepted, RequestLog
 
 log = logging.getLogger(__name__)
+
+
+# Failures that say nothing about whether the next request succeeds.
+_NO_DOUBT = (Cancelled, DeadlineExceeded, Draining, InvalidRequest, Overloaded)
 
 
 class RequestDispatcher:
@@ -64,9 +71,13 @@ class RequestDispatcher:
         self._maker = maker
         self.counters = counters
         self._book = RequestBook(config.router.max_requests)
+        self._budget: RecoveryBudget[RequestLog] = RecoveryBudget(config.router.recovery_share)
         self._turn = 0
         self._readiness = (False, "no request has gone the whole way yet")
         self._stopping = False
+        # Set when a request failed in a way that readiness should be tested again for.
+        self.doubted = asyncio.Event()
+        self._doubt = False
 
     # ---- the fronts' side -----------------------------------------------------------------------
 
@@ -100,6 +111,16 @@ class RequestDispatcher:
         """The self-test's verdict (router/selftest.py)."""
         self._readiness = (proven, why)
 
+    def check_room(self, coming: int, prepared: int) -> None:
+        if self._stopping:
+            raise Draining("the router is stopping")
+        self._book.check_room(coming, prepared)
+
+    def take_doubt(self) -> bool:
+        """Whether a request failed, since the last call, by a fault that is not its client's."""
+        doubt, self._doubt = self._doubt, False
+        return doubt
+
     def generate(self, job: Job) -> AsyncIterator[Delta]:
         return self.run(job, force_pair=False)
 
@@ -113,23 +134,20 @@ class RequestDispatcher:
         if await self._book.empty(timeout_s):
             return True
         for request in self._book.running():
-            request.inbox.put(Ended(Draining("the router is stopping")))
+            self._end(request, Draining("the router is stopping"))
         return await self._book.empty(1.0)
 
     # ---- one request ----------------------------------------------------------------------------
 
     async def run(self, job: Job, *, force_pair: bool) -> AsyncIterator[Delta]:
         """``force_pair``: hand over whenever a prefill worker lives (for the self-test)."""
-        if self._stopping:
-            raise Draining("the router is stopping")
-        if job.deadline <= time.monotonic():
-            raise DeadlineExceeded("the request's deadline had passed when it came")
         request = self._admit(job)
         history = History()
         timer = asyncio.get_running_loop().call_later(
             job.deadline - time.monotonic(),
-            request.inbox.put,
-            Ended(DeadlineExceeded("the request's deadline passed")),
+            self._end,
+            request,
+            DeadlineExceeded("the request's deadline passed"),
         )
         try:
             while True:
@@ -139,35 +157,47 @@ class RequestDispatcher:
                 placement = await self._placed(request, history, force_pair)
                 self._begin(request, placement, history)
                 failure: Failure | None = None
-                while failure is None:
+                parked = False
+                while failure is None and not parked:
                     items = await request.inbox.take()
                     relayed = relay(request, items, self.counters)
                     if relayed.finish is not None:
                         yield self._finish(request, relayed.accepted, relayed.finish)
                         return
                     if relayed.accepted:
+                        self._recovered(request)
                         yield request.delta(relayed.accepted, None)
-                    failure = relayed.failure
-                history = await self._recover(request, history, failure)
+                    failure, parked = relayed.failure, relayed.parked
+                if failure is not None:
+                    history = await self._recover(request, history, failure)
+                else:
+                    self._lose(request)
         except PdserveError as error:
             if request.running:
-                request.fail()
-                log.info("request %s failed: %s: %s", job.request_id, error.code, error)
+                self._failed(request, error, own=force_pair)
             raise
         finally:
             timer.cancel()
             self._drop_attempt(request)
             self._book.close(request)
+            self._recovered(request)
 
     def _admit(self, job: Job) -> RequestLog:
+        if self._stopping:
+            raise Draining("the router is stopping")
+        if job.deadline <= time.monotonic():
+            raise DeadlineExceeded("the request's deadline had passed when it came")
         request = RequestLog(job)
         fenced = self._book.open(request)
         if fenced is not None:
             self.counters.takeovers += 1
-            # At once: its consumer may be waiting on a connection that is no more.
-            fenced.inbox.put(Ended(Cancelled("the request was taken over by a resume")))
-            self._drop_attempt(fenced)
+            self._end(fenced, Cancelled("the request was taken over by a resume"))
         return request
+
+    def _end(self, request: RequestLog, error: PdserveError) -> None:
+        """Its workers are free at once: its consumer may hang on a connection that is no more."""
+        request.inbox.put(Ended(error))
+        self._drop_attempt(request)
 
     # ---- placing --------------------------------------------------------------------------------
 
@@ -222,12 +252,7 @@ class RequestDispatcher:
         unlisten = self._registry.listen(lambda: request.inbox.put(POKE))
         timer = asyncio.get_running_loop().call_later(seconds, request.inbox.put, POKE)
         try:
-            poked = False
-            while not poked:
-                for item in await request.inbox.take():
-                    if isinstance(item, Ended):
-                        raise item.error
-                    poked |= isinstance(item, Poke)
+            await _poked(request)
         finally:
             timer.cancel()
             unlisten()
@@ -281,8 +306,8 @@ class RequestDispatcher:
     async def _recover(self, request: RequestLog, history: History, failure: Failure) -> History:
         """Decides between another attempt and the end; raises for the latter."""
         self.counters.attempts_failed += 1
-        self._drop_attempt(request)
-        request.lose()
+        self._recovered(request)
+        self._lose(request)
         decision = decide(history, failure, self._limits)
         if isinstance(decision, GiveUp):
             raise decision.error
@@ -295,7 +320,27 @@ class RequestDispatcher:
         )
         if decision.delay_s:
             await self._pause(request, decision.delay_s)
+        if not decision.exempt and not self._budget.enter(request, len(self._book)):
+            self.counters.recoveries_delayed += 1
+            while not self._budget.holds(request):
+                await _poked(request)
         return decision.history
+
+    def _failed(self, request: RequestLog, error: PdserveError, own: bool) -> None:
+        request.fail()
+        log.info("request %s failed: %s: %s", request.job.request_id, error.code, error)
+        if not own and not isinstance(error, _NO_DOUBT):
+            self._doubt = True
+            self.doubted.set()
+
+    def _lose(self, request: RequestLog) -> None:
+        self._drop_attempt(request)
+        request.lose()
+
+    def _recovered(self, request: RequestLog) -> None:
+        """Its place among those under recovery goes to the next, if it had one."""
+        for following in self._budget.leave(request, len(self._book)):
+            following.inbox.put(POKE)
 
     def _finish(
         self, request: RequestLog, accepted: Sequence[Accepted], finish: FinishReason
@@ -319,3 +364,13 @@ class RequestDispatcher:
         if prefill is not None and request.model is not None:
             whole = len(request.job.prompt) // request.model.block_size
             self._kv_view.note(prefill.facts, keys[:whole])
+
+
+async def _poked(request: RequestLog) -> None:
+    """Until there is a reason to look again. Raises what ends the request meanwhile."""
+    poked = False
+    while not poked:
+        for item in await request.inbox.take():
+            if isinstance(item, Ended):
+                raise item.error
+            poked |= isinstance(item, Poke)

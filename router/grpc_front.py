@@ -2,21 +2,24 @@
 
 bytes -> authenticate -> parse -> prepare -> stream of responses
 
-Handlers raise PdserveError; the interceptor makes status, text and trailers of it and closes a
-handler's generator in the call's own task, so a client that hangs up cancels its job at once.
+Handlers raise PdserveError; the interceptor makes status, text and trailers of it. A job ends in
+its call's own task, so a client that hangs up cancels its job at once. One that reads nothing holds
+up its own call alone, and until the deadline only: then the job is over, and the status waits for
+its reader.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import time
-from collections.abc import AsyncIterator
 
 import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from pdserve.errors import ConfigError
+from pdserve.errors import ConfigError, DeadlineExceeded
 from pdserve.rpc.channels import bind
 from pdserve.rpc.status import ErrorsToStatus
 from pdserve.v1 import inference_pb2
@@ -28,6 +31,8 @@ from router.service import Service
 SERVICE = "pdserve.v1.Inference"
 # A client may ask for a longer deadline than the default, but not for none at all.
 MAX_DEADLINE_S = 7 * 86400.0
+# The job itself ends at the deadline; a client that reads has got the reason by then.
+GRACE_S = 0.5
 
 
 def _serialize(message: inference_pb2.GenerateResponse) -> bytes:
@@ -41,9 +46,8 @@ class InferenceHandlers:
         self._service = service
         self._keys = keys
 
-    async def generate(
-        self, data: bytes, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+    async def generate(self, data: bytes, context: grpc.aio.ServicerContext) -> None:
+        """Writes the responses itself, so that a write that nobody reads ends as well."""
         deadline = time.monotonic() + self._remaining_s(context)
         with self._service.accepting():
             principal = self._principal(context)
@@ -51,12 +55,17 @@ class InferenceHandlers:
             raw = grpc_requests.raw_request(message)
             prepared = await self._service.prepare(raw, principal, deadline)
         job = prepared.jobs[0]
-        stream = self._service.stream(job, prepared.text)
         try:
-            async for delta in stream:
-                yield grpc_requests.response(job.request_id, job.sampling.seed, delta)
-        finally:
-            await stream.aclose()
+            async with asyncio.timeout(deadline - time.monotonic() + GRACE_S) as scope:
+                async with contextlib.aclosing(self._service.stream(job, prepared.text)) as deltas:
+                    async for delta in deltas:
+                        await context.write(
+                            grpc_requests.response(job.request_id, job.sampling.seed, delta)
+                        )
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            raise DeadlineExceeded("the deadline passed and the client did not read") from None
 
     async def tokenize(
         self, data: bytes, context: grpc.aio.ServicerContext

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping
 
 import msgspec
 from aiohttp import web
 
-from pdserve.errors import InvalidRequest, RequestTooLarge
+from pdserve.errors import DeadlineExceeded, InvalidRequest, RequestTooLarge
 
 
-async def read_object(request: web.Request, max_bytes: int) -> Mapping[str, object]:
-    """Raises InvalidRequest, RequestTooLarge."""
+async def read_object(
+    request: web.Request, max_bytes: int, timeout_s: float
+) -> Mapping[str, object]:
+    """Raises InvalidRequest, RequestTooLarge, DeadlineExceeded for a body that does not come."""
     if request.content_length is not None and request.content_length > max_bytes:
         raise RequestTooLarge(
             f"the body of {request.content_length} bytes is longer than the {max_bytes} allowed"
         )
     try:
-        body = await request.read()
+        async with asyncio.timeout(timeout_s):
+            body = await request.read()
+    except TimeoutError:
+        raise DeadlineExceeded("the body did not arrive in time") from None
     except web.HTTPRequestEntityTooLarge:
         raise RequestTooLarge(f"the body is longer than the {max_bytes} bytes allowed") from None
     return parse_object(body)

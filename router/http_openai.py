@@ -21,7 +21,7 @@ from router.openai_fields import Ask, Kind
 from router.openai_shapes import Answer
 from router.requests import Prepared
 from router.service import Service
-from router.sse import EventStream
+from router.sse import EventStream, send_whole
 
 
 class OpenAiHandlers:
@@ -52,13 +52,15 @@ class OpenAiHandlers:
                 for event in await fanout.next():
                     if event.delta is not None:
                         answer.take(event.index, event.delta)
-        return json_response(answer.whole())
+        return await send_whole(request, json_response(answer.whole()), deadline)
 
     async def _accept(
         self, request: web.Request, kind: Kind, deadline: float
     ) -> tuple[Ask, Prepared]:
         principal = self._keys.principal(request.headers.get("Authorization"))
-        body = await read_object(request, self._config.max_body_bytes)
+        body = await read_object(
+            request, self._config.max_body_bytes, self._config.request_timeout_s
+        )
         if body.get("request_id") is None:
             body = {**body, "request_id": request[REQUEST_ID]}
         ask = openai_fields.parse(kind, body, max_prompts=self._config.max_prompts)

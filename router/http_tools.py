@@ -127,7 +127,8 @@ class ToolHandlers:
 
     async def _body(self, request: web.Request, names: frozenset[str]) -> Mapping[str, object]:
         self._authenticate(request)
-        body = await read_object(request, self._service.config.max_body_bytes)
+        config = self._service.config
+        body = await read_object(request, config.max_body_bytes, config.request_timeout_s)
         check_names(body, names)
         self._service.validator.check_model(body.get("model"))
         return body

@@ -1,8 +1,9 @@
 """What reaches one request while it runs: events of its attempts, and words from the router.
 
 The token path puts here, once per attempt and engine step; the request's generator takes all that
-is there at once. Bounded by the request itself: a worker sends at most ``max_tokens`` tokens, and
-more than that is a protocol error that ends the attempt.
+is there at once. A client that stops reading stops its generator. Once UNREAD_EVENTS lie here the
+attempt is parked: it leaves its worker, and begins again after the tokens so far when somebody
+reads on. So what a client does not read costs neither the router's memory nor a worker's blocks.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from pdserve.errors import PdserveError
 from pdserve.types import AttemptId
 from pdserve.v1 import worker_pb2
 
+UNREAD_EVENTS = 256
+
 
 @dataclass(frozen=True, slots=True)
 class AttemptLost:
@@ -21,6 +24,13 @@ class AttemptLost:
 
     attempt: AttemptId
     error: PdserveError
+
+
+@dataclass(frozen=True, slots=True)
+class Parked:
+    """This attempt was ended because nobody reads what it writes."""
+
+    attempt: AttemptId
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +47,7 @@ class Poke:
 POKE = Poke()
 
 # An AttemptEvent stays the protobuf message that it came as: it is read once, by the request.
-Item = worker_pb2.AttemptEvent | AttemptLost | Ended | Poke
+Item = worker_pb2.AttemptEvent | AttemptLost | Parked | Ended | Poke
 
 
 class Inbox:
@@ -53,6 +63,16 @@ class Inbox:
         self._items.append(item)
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+    def put_event(self, event: worker_pb2.AttemptEvent) -> bool:
+        """False: this many lie unread that the attempt has to be parked."""
+        if self._items:
+            # A part keeps the whole message alive that it came in, with all other requests' parts.
+            copied = worker_pb2.AttemptEvent()
+            copied.CopyFrom(event)
+            event = copied
+        self.put(event)
+        return len(self._items) < UNREAD_EVENTS
 
     async def take(self) -> list[Item]:
         """Everything that came since the last take; waits for at least one."""

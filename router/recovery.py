@@ -5,6 +5,9 @@
 Caps count attempts that brought no new token, so a request that gets on is never given up before
 its deadline. A worker that drains, and one that is full while an answer is already on its way, cost
 nothing: the request goes elsewhere, or comes back later.
+
+When the next attempt may begin is the recovery budget's to say (router/budget.py); those that a
+drain drove away are exempt from it.
 """
 
 from __future__ import annotations
@@ -58,6 +61,7 @@ class Failure:
 class Retry:
     history: History
     delay_s: float = 0.0
+    exempt: bool = False  # from the recovery budget
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +79,9 @@ def decide(history: History, failure: Failure, limits: Limits) -> Retry | GiveUp
         return _prefill_failed(history, failure, failure.prefill, limits)
     again = failure.decode in history.failed
     history = replace(history, failed=history.failed | {failure.decode})
-    if failure.progressed or isinstance(failure.error, Draining):
-        return Retry(history, BACKOFF_MAX_S if again else 0.0)
+    drained = isinstance(failure.error, Draining)
+    if failure.progressed or drained:
+        return Retry(history, BACKOFF_MAX_S if again else 0.0, exempt=drained)
     if failure.streaming and isinstance(failure.error, Overloaded):
         return Retry(history, failure.error.retry_after_s or BACKOFF_MAX_S)
     count = history.decode_failures + 1
@@ -90,8 +95,9 @@ def _prefill_failed(
 ) -> Retry | GiveUp:
     again = prefill in history.failed
     history = replace(history, failed=history.failed | {prefill})
-    if failure.progressed or isinstance(failure.error, Draining):
-        return Retry(history, BACKOFF_MAX_S if again else 0.0)
+    drained = isinstance(failure.error, Draining)
+    if failure.progressed or drained:
+        return Retry(history, BACKOFF_MAX_S if again else 0.0, exempt=drained)
     count = history.prefill_failures + 1
     history = replace(history, prefill_failures=count)
     if count < limits.prefill:

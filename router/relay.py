@@ -1,6 +1,6 @@
 """What came from a request's workers, applied to its log: the inside of the token path.
 
-    items of the inbox -> Relayed(accepted, finish | failure)       or raise, when the request ends
+    items of the inbox -> Relayed(accepted, finish | failure | parked)   or raise: the request ends
 
 An attempt that breaks the protocol (a gap, a repeat, a token that cannot be) has failed: nothing of
 that reaches the client, and another worker continues.
@@ -17,7 +17,7 @@ from pdserve.types import FinishReason
 from pdserve.v1 import worker_pb2
 from router.attempt import Attempt
 from router.counters import Counters
-from router.inbox import AttemptLost, Ended, Item
+from router.inbox import AttemptLost, Ended, Item, Parked
 from router.recovery import Failure
 from router.request_log import Accepted, RequestLog
 
@@ -26,11 +26,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Relayed:
-    """What one visit to the inbox came to. At most one of ``finish`` and ``failure`` is set."""
+    """What one visit to the inbox came to: at most one of the last three is set."""
 
     accepted: Sequence[Accepted]
     finish: FinishReason | None = None
     failure: Failure | None = None
+    parked: bool = False
 
 
 def relay(request: RequestLog, items: Sequence[Item], counters: Counters) -> Relayed:
@@ -54,6 +55,8 @@ def relay(request: RequestLog, items: Sequence[Item], counters: Counters) -> Rel
             raise item.error
         elif isinstance(item, AttemptLost) and item.attempt == attempt.id:
             return Relayed(accepted, failure=_failure(request, attempt, item.error))
+        elif isinstance(item, Parked) and item.attempt == attempt.id:
+            return Relayed(accepted, parked=True)
     return Relayed(accepted)
 
 

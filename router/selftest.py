@@ -4,8 +4,9 @@
 
 The test asks for two tokens after a prompt of two blocks and one token, under a salt of its own:
 no cache can hold any of it, so where a prefill worker lives, KV has to move, and the second token
-cannot be written without it. It is repeated when another model appears, and when the first prefill
-worker joins a cluster that was proven without one.
+cannot be written without it. It is repeated when another model appears, when the first prefill
+worker joins a cluster that was proven without one, when no decoding worker is left of those that
+were there, and when a client's request failed by a fault of ours: a worker may be up and wedged.
 
 KV that does not move is said loudly; in strict mode the router then stays unready.
 """
@@ -19,9 +20,10 @@ import time
 from dataclasses import dataclass
 
 from pdserve.config import Config
-from pdserve.errors import PdserveError
+from pdserve.errors import Overloaded, PdserveError
 from pdserve.types import (
     Fingerprint,
+    Incarnation,
     ModelFacts,
     RequestId,
     Role,
@@ -47,6 +49,8 @@ class Proof:
 
     fingerprint: Fingerprint
     moved: bool
+    # Incarnations that could decode at that time.
+    decoders: frozenset[Incarnation]
 
 
 class SelfTest:
@@ -57,14 +61,15 @@ class SelfTest:
         self._registry = registry
         self._strict = config.router.strict
         self._proof: Proof | None = None
-        self._changed = asyncio.Event()
-        self._unlisten = registry.listen(self._changed.set)
+        self._changed = dispatcher.doubted
+        self._unlisten = registry.listen(self._follow)
 
     async def run(self) -> None:
         try:
             while True:
                 self._changed.clear()
-                settled = not self._wanted() or await self._test()
+                doubt = self._dispatcher.take_doubt()
+                settled = not self._wanted(doubt) or await self._test()
                 try:
                     async with asyncio.timeout(None if settled else RETRY_S):
                         await self._changed.wait()
@@ -73,7 +78,20 @@ class SelfTest:
         finally:
             self._unlisten()
 
-    def _wanted(self) -> bool:
+    def _follow(self) -> None:
+        """At once: nobody may be told ready on the word of workers that are no more."""
+        proof = self._proof
+        if proof is not None and proof.decoders.isdisjoint(self._decoders()):
+            self._proof = None
+            self._dispatcher.set_readiness(False, "the workers that were tested are gone")
+        self._changed.set()
+
+    def _decoders(self) -> frozenset[Incarnation]:
+        return frozenset(
+            facts.incarnation for facts in self._registry.live() if facts.role is not Role.PREFILL
+        )
+
+    def _wanted(self, doubt: bool) -> bool:
         """Whether there is something to prove, and somebody to prove it with."""
         model = self._registry.model()
         if model is None or not self._dispatcher.servable()[0]:
@@ -82,7 +100,7 @@ class SelfTest:
             # It is heard within the bound of silence; until then the test could miss its half.
             return False
         proof = self._proof
-        if proof is None or proof.fingerprint != model.fingerprint:
+        if doubt or proof is None or proof.fingerprint != model.fingerprint:
             return True
         return self._pairs(model) and not proof.moved
 
@@ -105,11 +123,12 @@ class SelfTest:
         except PdserveError as error:
             reason = f"the self-test failed: {error.code}: {error}"
             log.error("%s", reason)
-            if self._proof is None or self._proof.fingerprint != model.fingerprint:
+            if not isinstance(error, Overloaded):
+                self._proof = None
                 self._dispatcher.set_readiness(False, reason)
             return False
         moved = usage.kv_bytes_transferred > 0
-        self._proof = Proof(model.fingerprint, moved)
+        self._proof = Proof(model.fingerprint, moved, self._decoders())
         if pairs and not moved:
             reason = f"KV does not move between workers: {usage.kv_skipped_reason or 'unknown'}"
             log.error("%s", reason)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncGenerator, Iterator
 
 from pdserve.config import RouterConfig
-from pdserve.errors import Cancelled, InternalError, PdserveError
+from pdserve.errors import Cancelled, DeadlineExceeded, InternalError, PdserveError
 from pdserve.telemetry.metrics import RequestTimer, RouterMetrics
 from router.api import Dispatcher, Job, Principal
 from router.requests import Prepared, RawRequest, TextOptions
@@ -36,19 +37,36 @@ class Service:
         self.dispatcher = dispatcher
         self.metrics = metrics
         self.validator = Validator(config, tokens, dispatcher.model)
+        self._preparing = 0  # requests that may soon take a place
 
     @contextlib.contextmanager
     def accepting(self) -> Iterator[None]:
         """Around all that happens before a request is accepted."""
+        started = time.monotonic()
         try:
             yield
         except PdserveError as error:
-            self.metrics.rejected(error.code)
+            self.metrics.rejected(error.code, time.monotonic() - started)
             raise
 
     async def prepare(self, raw: RawRequest, principal: Principal, deadline: float) -> Prepared:
-        """Raises InvalidRequest and its kin; starts nothing."""
-        return await self.validator.prepare(raw, principal, deadline)
+        """Raises InvalidRequest and its kin; starts nothing.
+
+        A request that would find no place is refused before anything is tokenized for it; one that
+        takes over another needs none.
+        """
+        if not raw.fields.get("resume"):
+            self.dispatcher.check_room(max(1, len(raw.prompts)), self._preparing)
+        self._preparing += 1
+        try:
+            async with asyncio.timeout_at(_loop_time(deadline)) as scope:
+                return await self.validator.prepare(raw, principal, deadline)
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            raise DeadlineExceeded("the deadline passed before the prompt was read") from None
+        finally:
+            self._preparing -= 1
 
     async def stream(self, job: Job, options: TextOptions) -> AsyncGenerator[TextDelta, None]:
         """One job's text; closing the generator cancels the job."""
@@ -74,6 +92,11 @@ class Service:
         except Exception:
             timer.failed(InternalError.code)
             raise
+
+
+def _loop_time(deadline: float) -> float:
+    """A moment of time.monotonic() on the event loop's clock."""
+    return asyncio.get_running_loop().time() + deadline - time.monotonic()
 
 
 def _measure(timer: RequestTimer, delta: TextDelta) -> None:

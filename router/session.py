@@ -23,7 +23,7 @@ from pdserve.rpc.channels import from_rpc_error
 from pdserve.types import AttemptId, WorkerFacts
 from pdserve.v1 import kv_pb2, worker_pb2, worker_pb2_grpc
 from router.counters import Counters
-from router.inbox import AttemptLost, Inbox
+from router.inbox import AttemptLost, Inbox, Parked
 
 log = logging.getLogger(__name__)
 
@@ -144,9 +144,14 @@ class DecodeSession:
             if inbox is None:
                 self._counters.late_events += 1
                 continue
+            has_room = inbox.put_event(event)
             if event.finish_reason or event.HasField("failure"):
                 del attempts[event.attempt_id]
-            inbox.put(event)
+            elif not has_room:
+                attempt = AttemptId(event.attempt_id)
+                self._counters.parked += 1
+                self.cancel(attempt)
+                inbox.put(Parked(attempt))
 
 
 def _lost(facts: WorkerFacts, cause: PdserveError) -> PdserveError:

@@ -1,4 +1,4 @@
-"""Server-sent events of one answer.
+"""Answers on their way to a client that may read slowly, or not at all; and server-sent events.
 
 open -> ( event | comment )* -> done | fail
 
@@ -10,7 +10,9 @@ missing.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
+from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
@@ -21,12 +23,42 @@ from router.http_errors import HEADER, REQUEST_ID, error_object
 
 _DONE = b"data: [DONE]\n\n"
 _KEEP_ALIVE = b": keep-alive\n\n"
-# A client that reads nothing for so long past its deadline is gone.
-_GRACE_S = 5.0
+# A client that has not read everything so long after its deadline will never do so.
+_GRACE_S = 0.5
 
 
 def encode(value: Any) -> bytes:
     return b"data: " + msgspec.json.encode(value) + b"\n\n"
+
+
+@contextlib.asynccontextmanager
+async def _patience(deadline: float) -> AsyncIterator[None]:
+    """Around a write. ConnectionResetError when the client reads nothing until its deadline."""
+    try:
+        async with asyncio.timeout(max(deadline - time.monotonic(), 0) + _GRACE_S):
+            yield
+    except TimeoutError:
+        raise ConnectionResetError("the client does not read") from None
+
+
+async def send_whole(
+    request: web.Request, response: web.Response, deadline: float
+) -> web.StreamResponse:
+    """An answer in one piece; its client may be gone, or not read."""
+    response.headers[HEADER] = request[REQUEST_ID]
+    try:
+        async with _patience(deadline):
+            await response.prepare(request)
+            await response.write_eof()
+    except ConnectionResetError:
+        abort(request)
+    return response
+
+
+def abort(request: web.Request) -> None:
+    """Gives the connection up; nothing more can be said on it."""
+    if request.transport is not None:
+        request.transport.abort()
 
 
 class EventStream:
@@ -53,9 +85,7 @@ class EventStream:
         return str(self._request[REQUEST_ID])
 
     def abort(self) -> web.StreamResponse:
-        """Gives the connection up; nothing more can be said on it."""
-        if self._request.transport is not None:
-            self._request.transport.abort()
+        abort(self._request)
         return self._response
 
     async def events(self, values: list[dict[str, Any]]) -> None:
@@ -76,11 +106,7 @@ class EventStream:
         return self._response
 
     async def _write(self, data: bytes) -> None:
-        left = max(self._deadline - time.monotonic(), 0) + _GRACE_S
-        try:
-            async with asyncio.timeout(left):
-                if not self._response.prepared:
-                    await self._response.prepare(self._request)
-                await self._response.write(data)
-        except TimeoutError:
-            raise ConnectionResetError("the client does not read") from None
+        async with _patience(self._deadline):
+            if not self._response.prepared:
+                await self._response.prepare(self._request)
+            await self._response.write(data)

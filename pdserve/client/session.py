@@ -69,10 +69,10 @@ class Session:
         self._attempts = 0
         self._quiet = 0  # attempts since the last token
         timeout = options.timeout_s if ask.timeout_s is None else ask.timeout_s
-        self._start = time.monotonic()
-        self._deadline = self._start + timeout
+        self._deadline = time.monotonic() + timeout
         self.finished = False
         self._heard = False
+        self._failing_since: float | None = None  # since the last chunk, or the start
 
     def remaining_s(self) -> float:
         """Raises DeadlineExceeded."""
@@ -106,6 +106,7 @@ class Session:
                 f"{len(self._tokens)} was due"
             )
         self._heard = True
+        self._failing_since = None
         if chunk.token_ids:
             self._quiet = 0
         self._tokens.extend(chunk.token_ids)
@@ -114,12 +115,17 @@ class Session:
 
     def failed(self, error: PdserveError) -> float:
         """Seconds to wait before the next attempt; raises the error if there shall be none."""
-        again = isinstance(error, WorkerLost) or (error.retryable and self._heard)
-        # A late answer to an attempt that was lost on the way: the old one still holds the id.
-        if isinstance(error, DuplicateRequest) and self._attempts > 1:
-            again = True
+        again = isinstance(error, WorkerLost)
+        if self._heard or self._attempts > 1:
+            # It ran: a router that restarted may know no worker yet, or be full of those like us.
+            # And the attempt that was lost on the way may still hold the id.
+            again = again or error.retryable or isinstance(error, DuplicateRequest)
         now = time.monotonic()
-        patience = self._deadline if self._heard else self._start + self._options.connect_timeout_s
+        if self._failing_since is None:
+            self._failing_since = now
+        patience = self._deadline
+        if not self._heard:
+            patience = self._failing_since + self._options.connect_timeout_s
         wait = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2.0 ** min(self._quiet, 10))
         wait *= random.uniform(0.5, 1.0)  # noqa: S311 - spreads clients out, keeps no secret
         if not again or now + wait >= min(patience, self._deadline):

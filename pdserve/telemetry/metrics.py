@@ -2,7 +2,7 @@
 
 timer = metrics.request_started();  timer.tokens(n)...;  timer.finished(reason, usage)
                                                       |  timer.failed(code)
-metrics.rejected(code)                      a request that was never accepted
+metrics.rejected(code, seconds)             a request that was never accepted
 metrics.watch_workers(read), .watch_counters(read)    read at each scrape
 metrics.render()                            -> body and content type
 
@@ -47,6 +47,8 @@ REQUEST_BUCKETS = (
     *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0),
     *(40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
 )
+
+REJECTION_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0)
 
 
 def length_buckets(longest: int) -> tuple[int, ...]:
@@ -120,8 +122,9 @@ class RouterMetrics:
         self._in_flight.inc()
         return RequestTimer(self)
 
-    def rejected(self, code: str) -> None:
-        """A request that was refused; it was never started."""
+    def rejected(self, code: str, seconds: float) -> None:
+        """A request that was refused ``seconds`` after it was there; it was never started."""
+        self._rejection.observe(seconds)
         self._rejected.labels(self._model, ROUTER_ENGINE, code).inc()
 
     def first_token(self, seconds: float, count: int = 1) -> None:
@@ -207,6 +210,9 @@ class RouterMetrics:
             reason: self._only(success, reason) for reason in ("stop", "length", "abort", "error")
         }
         self._rejected = self._counter("requests_rejected", "Requests refused at once.", "code")
+        self._rejection = self._histogram(
+            "request_rejection_seconds", "From a request to its refusal.", REJECTION_BUCKETS
+        )
         self._failed = self._counter("requests_failed", "Accepted requests that failed.", "code")
         self._e2e = self._histogram(
             "e2e_request_latency_seconds", "From acceptance to the end.", REQUEST_BUCKETS

@@ -6,10 +6,11 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
-from router_harness import Core, cluster, drive, prefill, serving, settings, until
-from scripted_worker import BLOCK, Fail, ScriptedWorker
+import pytest
+from router_harness import Core, cluster, collect, drive, prefill, serving, settings, until
+from scripted_worker import BLOCK, Fail, ScriptedWorker, job
 
-from pdserve.errors import TransferError
+from pdserve.errors import InternalError, TransferError
 from router import selftest
 from router.selftest import SelfTest
 
@@ -98,5 +99,39 @@ def test_ready_ends_with_the_last_worker_and_returns_with_it() -> None:
             await worker.kill()
             await until(lambda: not ready(made))
             assert made.dispatcher.ready()[1] == "no live decode worker"
+
+    drive(story)
+
+
+def test_workers_that_are_gone_prove_nothing_for_their_successors() -> None:
+    async def story() -> None:
+        old, new = ScriptedWorker("d0"), ScriptedWorker("d0", token_delay_s=0.3)
+        async with cluster(old) as made, self_testing(made):
+            await until(lambda: ready(made))
+            async with serving(new):
+                made.registry.set_workers([new.facts])
+                assert not ready(made), "at once"
+                await until(lambda: made.dispatcher.servable()[0])
+                assert not ready(made), "a worker that could take a request is not yet a proof"
+                await until(lambda: ready(made))
+                assert len(new.starts) == 1
+
+    drive(story)
+
+
+def test_a_failure_of_ours_puts_readiness_in_doubt(monkeypatch) -> None:
+    monkeypatch.setattr(selftest, "RETRY_S", 0.2)
+
+    async def story() -> None:
+        worker = ScriptedWorker("d0")
+        async with cluster(worker) as made, self_testing(made):
+            await until(lambda: ready(made))
+            # Its engine is broken, though its heartbeats go on.
+            worker.scripts = [[Fail(InternalError("wedged"))] for _ in range(4)]
+            with pytest.raises(InternalError):
+                await collect(made, job())
+            await until(lambda: "wedged" in made.dispatcher.ready()[1])
+            await until(lambda: ready(made))
+            assert worker.scripts == []
 
     drive(story)

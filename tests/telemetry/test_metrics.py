@@ -90,7 +90,7 @@ def test_a_request_that_finished_is_counted_in_every_place(made: metrics.RouterM
 
 
 def test_what_went_wrong_is_counted_by_code(made: metrics.RouterMetrics) -> None:
-    made.rejected("overloaded")
+    made.rejected("overloaded", 0.003)
     made.request_started().failed("worker_lost")
     made.request_started().failed("cancelled")
     made.request_started().finished(
