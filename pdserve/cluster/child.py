@@ -1,4 +1,4 @@
-"""One child process that is started again when it ends by itself.
+"""One child process, started again when it ends by itself (unless that makes no sense).
 
 NEW -start-> STARTING -ready-> RUNNING -ended-> STARTING ... -stop-> STOPPED
              STARTING -ended before it was ever ready-> FAILED
@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import selectors
 import signal
 import subprocess
 import threading
@@ -31,6 +32,7 @@ _BACKOFF_MIN_S = 0.2
 _BACKOFF_MAX_S = 5.0
 _STABLE_S = 30.0
 _LOG_TAIL_BYTES = 4096
+_LINE_BYTES_MAX = 65536
 
 Ready = Callable[["subprocess.Popen[bytes]"], None]
 
@@ -46,6 +48,24 @@ def tail_of(log: Path) -> str:
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
+def first_line(process: subprocess.Popen[bytes], timeout_s: float) -> bytes | None:
+    """The first line of standard output; None when it ends, or takes too long, without one."""
+    assert process.stdout is not None
+    fd, seen = process.stdout.fileno(), b""
+    limit = time.monotonic() + timeout_s
+    with selectors.DefaultSelector() as selector:
+        selector.register(fd, selectors.EVENT_READ)
+        while b"\n" not in seen:
+            left = limit - time.monotonic()
+            if left <= 0 or len(seen) > _LINE_BYTES_MAX or not selector.select(left):
+                return None
+            part = os.read(fd, 4096)
+            if not part:
+                return None
+            seen += part
+    return seen.partition(b"\n")[0]
+
+
 class Child:
     """Owns one process at a time; all methods may be called from any thread."""
 
@@ -58,6 +78,7 @@ class Child:
         env: Mapping[str, str],
         log: Path,
         piped: bool = False,
+        restarts: bool = True,
         on_ready: Callable[[bool], None] = lambda again: None,
         on_death: Callable[[int], None] = lambda code: None,
     ) -> None:
@@ -72,6 +93,7 @@ class Child:
         self._env = {**os.environ, **env}
         self._log = log
         self._piped = piped
+        self._restarts = restarts
         self._on_ready = on_ready
         self._on_death = on_death
         self._stopping = threading.Event()
@@ -141,6 +163,8 @@ class Child:
             if self._stopping.is_set():
                 return
             self._on_death(code)
+            if not self._restarts:
+                return
             stable = time.monotonic() - started > _STABLE_S
             backoff = _BACKOFF_MIN_S if stable else min(_BACKOFF_MAX_S, backoff * 2)
             self._stopping.wait(backoff)

@@ -8,7 +8,9 @@ group of its own, so that a worker of several devices can later be placed as one
 
 from __future__ import annotations
 
+import logging
 import math
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -32,6 +35,10 @@ _CALLERS = {
     Role.DECODE: Caller.DECODE,
     Role.MIXED: Caller.DECODE,
 }
+
+logger = logging.getLogger(__name__)
+
+_RAY_CALLS_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,14 +122,26 @@ class Pools:
         ray.kill(self.actors[worker], no_restart=not self._spec.config.pools.restart_workers)
 
     def stop(self, drain_s: float, timeout_s: float) -> None:
-        """Lets all workers end side by side, then ends those that did not."""
-        calls = [actor.stop.remote(drain_s) for actor in self.actors.values()]
-        if calls:
-            ray.wait(calls, num_returns=len(calls), timeout=timeout_s)
-        for actor in self.actors.values():
-            ray.kill(actor, no_restart=True)
-        for group in self._groups:
-            remove_placement_group(group)
+        """Lets all workers end side by side, then ends those that did not; takes bounded time."""
+        # Calls to a Ray that is broken may never return.
+        thread = threading.Thread(
+            target=self._stop, args=(drain_s, timeout_s), name="pools-stop", daemon=True
+        )
+        thread.start()
+        thread.join(timeout_s + _RAY_CALLS_S)
+
+    def _stop(self, drain_s: float, timeout_s: float) -> None:
+        try:
+            calls = [actor.stop.remote(drain_s) for actor in self.actors.values()]
+            if calls:
+                ray.wait(calls, num_returns=len(calls), timeout=timeout_s)
+            for actor in self.actors.values():
+                ray.kill(actor, no_restart=True)
+            for group in self._groups:
+                remove_placement_group(group)
+        except (RayError, RuntimeError) as error:
+            # Their processes are ended all the same, by whoever owns the run.
+            logger.warning("Ray could not stop all workers: %s", error)
         self.actors.clear()
         self._groups.clear()
 

@@ -1,6 +1,6 @@
 """The Ray that the workers of a cluster live in: one of our own, or one that is joined.
 
-start_ray -> ray.init ... RayNode.stop -> ray.shutdown
+start_ray -> (a head process of our own ->) ray.init ... RayNode.stop -> ray.shutdown (-> head ends)
 
 Ray of our own has its own ports, folder and access token, so it neither meets nor ends another Ray
 of this machine. Its processes inherit the mark of the run (see orphans.py) and die with us. A
@@ -10,18 +10,22 @@ joined Ray is left as it was.
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import os
 import secrets
+import signal
 import socket
+import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pdserve.cluster.child import Child, first_line, tail_of
 from pdserve.cluster.orphans import MARK
 from pdserve.errors import ConfigError, InternalError
 from pdserve.types import Role
@@ -35,53 +39,140 @@ _LOCAL_SLOTS = 10_000
 # Ray carries neither tokens nor KV: its object store only has to exist.
 _OBJECT_STORE_BYTES = 80 * 2**20
 _CONNECT_TIMEOUT_S = 5.0
+_START_TIMEOUT_S = 120.0
+_SHUTDOWN_S = 10.0
 _HELD_ENVIRONMENT = threading.Lock()
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
 
 
 @dataclass(frozen=True, slots=True)
 class RayNode:
-    """A connection to Ray; ``owned`` if the Ray is ours alone."""
+    """A connection to Ray; ``head`` is the process of a Ray that is ours alone."""
 
-    owned: bool
+    head: Child | None
     gpus: float
     nodes: int
     mark: str  # on every process of a Ray of ours
 
+    @property
+    def owned(self) -> bool:
+        return self.head is not None
+
     def stop(self) -> None:
         """Disconnects; a Ray of our own ends with all of its processes."""
-        _ray().shutdown()
+        # With a broken Ray this may never return; the head's end then ends its processes.
+        leave = threading.Thread(target=_ray().shutdown, name="ray-shutdown", daemon=True)
+        leave.start()
+        leave.join(_SHUTDOWN_S)
+        if self.head is not None:
+            self.head.stop(_SHUTDOWN_S)
 
 
-def start_ray(address: str, temp_dir: Path, mark: str, threads: int) -> RayNode:
+def start_ray(
+    address: str,
+    temp_dir: Path,
+    mark: str,
+    threads: int,
+    on_death: Callable[[int], None] = lambda code: None,
+) -> RayNode:
     """Starts (``local``) or joins a Ray. ConfigError when it cannot be reached or started.
 
-    Call from the main thread, or from one that lives as long as the node: the kernel ties Ray's
-    processes to the thread that starts them. ``threads`` is what workers may compute with.
+    ``threads`` is what workers may compute with. ``on_death`` hears the exit code of a Ray of our
+    own that ended by itself.
     """
-    own = {
+    local = address == LOCAL
+    access = _access() if local else {}
+    with _environment({**_QUIET, **access}):
+        head = None
+        if local:
+            head, address = _start_head(temp_dir, {**access, **_own(mark, threads)}, on_death)
+        elif address != "auto":
+            _check_reachable(address)
+        try:
+            _connect(address)
+            gpus = float(_ray().cluster_resources().get("GPU", 0.0))
+            nodes = sum(1 for node in _ray().nodes() if node["Alive"])
+        except BaseException:
+            if head is not None:
+                head.stop(0.0)
+            raise
+    return RayNode(head, gpus, nodes, mark)
+
+
+def _own(mark: str, threads: int) -> dict[str, str]:
+    """What every process of a Ray of ours finds in its environment."""
+    return {
         MARK: mark,
         # Ray sets it to 1 for actors that hold no CPU, unless it is set.
         "OMP_NUM_THREADS": str(threads),
         # Streams go on while the control plane is away; Ray's own processes must too.
         "RAY_gcs_rpc_server_reconnect_timeout_s": "86400",
-        **_access(),
+        # Ray then takes 127.0.0.1 for its node's address, and all of its servers bind to that.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     }
-    if address not in (LOCAL, "auto"):
-        _check_reachable(address)
-    with _environment({**_QUIET, **(own if address == LOCAL else {})}):
-        ray = _ray()
-        if ray.is_initialized():
-            raise InternalError("this process is already connected to a Ray; stop that node first")
+
+
+def _start_head(
+    temp_dir: Path, env: Mapping[str, str], on_death: Callable[[int], None]
+) -> tuple[Child, str]:
+    """The head's process and its address."""
+    temp_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    arguments, log = temp_dir / "head.json", temp_dir / "head.log"
+    arguments.write_text(json.dumps(_head_arguments(temp_dir)), encoding="utf-8")
+    found: list[str] = []
+
+    def ready(process: subprocess.Popen[bytes]) -> None:
+        line = first_line(process, _START_TIMEOUT_S)
+        if line is None:
+            raise ConfigError(f"cannot start a Ray of our own: {tail_of(log) or f'see {log}'}")
+        found.append(str(json.loads(line)["address"]))
+
+    command = [sys.executable, "-m", "pdserve.cluster.ray_head", str(arguments)]
+    head = Child(
+        "ray",
+        lambda: command,
+        ready,
+        env=env,
+        log=log,
+        piped=True,
+        restarts=False,
+        on_death=on_death,
+    )
+    head.start()
+    # Meanwhile, here: half a second.
+    _ray()
+    try:
+        head.wait_ready(_START_TIMEOUT_S + 1)
+    except BaseException:
+        head.stop(0.0)
+        raise
+    return head, found[0]
+
+
+def _head_arguments(temp_dir: Path) -> dict[str, Any]:
+    return {
+        "_temp_dir": str(temp_dir),
+        "include_dashboard": False,
+        "object_store_memory": _OBJECT_STORE_BYTES,
+        "resources": {role.value: _LOCAL_SLOTS for role in Role},
+    }
+
+
+def _connect(address: str) -> None:
+    ray = _ray()
+    if ray.is_initialized():
+        raise InternalError("this process is already connected to a Ray; stop that node first")
+    with _own_sigterm():
         try:
-            ray.init(**_arguments(address, temp_dir))
+            ray.init(
+                address=address,
+                namespace="pdserve",
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
         except (ConnectionError, OSError, RuntimeError, ValueError) as error:
-            what = f"join Ray at {address}" if address != LOCAL else "start a Ray of our own"
             reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise ConfigError(f"cannot {what}: {reason[0]}") from error
-        gpus = float(ray.cluster_resources().get("GPU", 0.0))
-        nodes = sum(1 for node in ray.nodes() if node["Alive"])
-    return RayNode(address == LOCAL, gpus, nodes, mark)
+            raise ConfigError(f"cannot connect to Ray at {address}: {reason[0]}") from error
 
 
 def _check_reachable(address: str) -> None:
@@ -108,30 +199,13 @@ def _ray() -> Any:
 def _access() -> dict[str, str]:
     """The access token of every Ray that this process starts.
 
-    Ray's ports listen on all interfaces and run what they are sent, so they demand a token. Ray
-    decides when it is imported; imported before, it can no longer be told.
+    Ray's ports run what they are sent, so they demand a token, on loopback too: every user of the
+    machine reaches that. Ray decides when it is imported; imported before, it can no longer be told.
     """
     if "ray" in sys.modules:
         logger.warning("Ray was imported before its start: it runs without an access token")
         return {}
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-
-
-def _arguments(address: str, temp_dir: Path) -> dict[str, Any]:
-    arguments: dict[str, Any] = {
-        "address": address,
-        "namespace": "pdserve",
-        "log_to_driver": False,
-        "logging_level": logging.ERROR,
-    }
-    if address == LOCAL:
-        arguments |= {
-            "_temp_dir": str(temp_dir),
-            "include_dashboard": False,
-            "object_store_memory": _OBJECT_STORE_BYTES,
-            "resources": {role.value: _LOCAL_SLOTS for role in Role},
-        }
-    return arguments
 
 
 def check_resources(wanted: Mapping[Role, int]) -> None:
@@ -143,6 +217,19 @@ def check_resources(wanted: Mapping[Role, int]) -> None:
                 f"the Ray cluster offers {have.get(role.value, 0):g} of resource {role.value!r}, "
                 f"{count} wanted: start its nodes with --resources='{{\"{role.value}\": N}}'"
             )
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Ray installs a handler of its own, which would end us without a stop."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

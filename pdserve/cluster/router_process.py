@@ -10,17 +10,14 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import selectors
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pdserve.cluster.child import Child, tail_of
+from pdserve.cluster.child import Child, first_line, tail_of
 from pdserve.cluster.orphans import MARK
 from pdserve.config import Config
 from pdserve.errors import ConfigError, InternalError
@@ -28,7 +25,6 @@ from pdserve.rpc.identity import Caller, mint
 from pdserve.rpc.tls import internal_tls
 
 _START_TIMEOUT_S = 60.0
-_ANSWER_BYTES_MAX = 65536
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +118,7 @@ class RouterProcess:
         return [sys.executable, "-m", "router", str(path)]
 
     def _read_addresses(self, process: subprocess.Popen[bytes]) -> None:
-        line = _first_line(process)
+        line = first_line(process, _START_TIMEOUT_S)
         if line is None:
             process.kill()
             process.wait()
@@ -150,24 +146,6 @@ class RouterProcess:
 def _with_ports(config: Config, addresses: Addresses) -> Config:
     ports = [int(text.rpartition(":")[2]) for text in (addresses.http, addresses.grpc)]
     return replace(config, router=replace(config.router, http_port=ports[0], grpc_port=ports[1]))
-
-
-def _first_line(process: subprocess.Popen[bytes]) -> bytes | None:
-    """The first line of standard output; None when it ends, or takes too long, without one."""
-    assert process.stdout is not None
-    fd, seen = process.stdout.fileno(), b""
-    limit = time.monotonic() + _START_TIMEOUT_S
-    with selectors.DefaultSelector() as selector:
-        selector.register(fd, selectors.EVENT_READ)
-        while b"\n" not in seen:
-            left = limit - time.monotonic()
-            if left <= 0 or len(seen) > _ANSWER_BYTES_MAX or not selector.select(left):
-                return None
-            part = os.read(fd, 4096)
-            if not part:
-                return None
-            seen += part
-    return seen.partition(b"\n")[0]
 
 
 def _drop_output(process: subprocess.Popen[bytes]) -> None:

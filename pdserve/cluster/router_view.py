@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import socket
 import ssl
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from pdserve.config import SecurityConfig
 from pdserve.errors import ConfigError, WorkerLost
 
 _ANSWER_BYTES_MAX = 16 * 2**20
+_CONNECT_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,29 @@ def get(access: Access, path: str, timeout_s: float = 5.0) -> tuple[int, bytes]:
             return error.code, error.read(_ANSWER_BYTES_MAX)
     except (OSError, ValueError) as error:  # URLError and time-outs are OSErrors
         raise WorkerLost(f"the router at {access.url} does not answer: {error}") from error
+
+
+def certificate_name(access: Access) -> str:
+    """A name that the front's certificate is made out to; empty without TLS.
+
+    gRPC compares names even where the certificate itself is what is trusted.
+    """
+    context = _context(access)
+    if context is None:
+        return ""
+    parts = urlsplit(access.url)
+    address = (parts.hostname or "", parts.port or 443)
+    try:
+        with (
+            socket.create_connection(address, _CONNECT_TIMEOUT_S) as plain,
+            context.wrap_socket(plain) as secure,
+        ):
+            certificate: dict[str, Any] = dict(secure.getpeercert() or {})
+    except OSError as error:
+        raise WorkerLost(f"the router at {access.url} does not answer: {error}") from error
+    names = [str(value) for _, value in certificate.get("subjectAltName", ())]
+    subject = [value for part in certificate.get("subject", ()) for _, value in part]
+    return (names or subject or [""])[0].removeprefix("*.")
 
 
 def _context(access: Access) -> ssl.SSLContext | None:

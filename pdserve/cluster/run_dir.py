@@ -44,6 +44,8 @@ class RunRecord:
     short_dir: str
     http: str = ""  # base URL, once it listens
     grpc: str = ""
+    certificate: str = ""  # PEM file, where the fronts speak TLS
+    api_key_file: str = ""  # where callers need a key
 
 
 @dataclass(slots=True)
@@ -69,8 +71,9 @@ class Run:
     def logs(self) -> Path:
         return self.state_dir / "logs"
 
-    def record(self, http: str = "", grpc: str = "") -> None:
-        record = RunRecord(os.getpid(), self.run_id, str(self.short_dir), http, grpc)
+    def record(self, **fronts: str) -> None:
+        """Writes run.json; ``fronts`` are RunRecord's fields from ``http`` on."""
+        record = RunRecord(os.getpid(), self.run_id, str(self.short_dir), **fronts)
         _write_private(self.state_dir / "run.json", json.dumps(asdict(record)).encode())
 
     def close(self) -> None:
@@ -176,13 +179,8 @@ def read_record(state_dir: Path) -> RunRecord | None:
     """The run that was last recorded; None when there is none, or its file is damaged."""
     try:
         data = json.loads((state_dir / "run.json").read_bytes())
-        return RunRecord(
-            int(data["pid"]),
-            str(data["run_id"]),
-            str(data["short_dir"]),
-            str(data["http"]),
-            str(data["grpc"]),
-        )
+        texts = {name: str(data[name]) for name in RunRecord.__slots__ if name != "pid"}
+        return RunRecord(pid=int(data["pid"]), **texts)
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 

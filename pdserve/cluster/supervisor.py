@@ -102,6 +102,8 @@ class Cluster:
         self._pools: Pools | None = None
         self._membership: Membership | None = None
         self._keeper: Keeper | None = None
+        # Set when the cluster can no longer do its work and will not mend.
+        self.broken = threading.Event()
         self._stopping = threading.Event()
         self._starting_router = threading.Lock()
 
@@ -160,11 +162,17 @@ class Cluster:
             if self._stopping.is_set():
                 return
             self._stopping.set()
-        drain = self.config.timers.drain_s if drain_s is None else drain_s
+        try:
+            self._stop_parts(self.config.timers.drain_s if drain_s is None else drain_s)
+        finally:
+            orphans.sweep(self.run.state_dir, self.run.run_id)
+            self.run.close()
+
+    def _stop_parts(self, drain_s: float) -> None:
         if self._keeper is not None:
             self._keeper.stop()
         if self._router is not None:
-            self._router.stop(drain)
+            self._router.stop(drain_s)
         if self._membership is not None:
             self._membership.stop()
         if self._pools is not None:
@@ -175,8 +183,6 @@ class Cluster:
             self._ray.stop()
         if self._redis is not None:
             self._redis.stop()
-        orphans.sweep(self.run.state_dir, self.run.run_id)
-        self.run.close()
 
     def kill(self) -> None:
         """Ends everything at once; for an owner who cannot wait."""
@@ -266,7 +272,13 @@ class Cluster:
         router.wait_ready()
         addresses = router.addresses
         self._progress.end("router", f"router: HTTP {addresses.http}, gRPC {addresses.grpc}")
-        self.run.record(self.http.url, router_view.local_address(addresses.grpc))
+        security = self.config.security
+        self.run.record(
+            http=self.http.url,
+            grpc=router_view.local_address(addresses.grpc),
+            certificate=security.tls_cert,
+            api_key_file=next(iter(security.api_key_files), ""),
+        )
 
     def _start_ray(self) -> None:
         if self._shared_ray is not None:
@@ -275,9 +287,17 @@ class Cluster:
         what = "starting Ray" if address == LOCAL else f"joining Ray at {address}"
         self._progress.begin("ray", what)
         self._ray = ray_node.start_ray(
-            address, self.run.short_dir / "ray", self.run.mark, _threads(self.config)
+            address,
+            self.run.short_dir / "ray",
+            self.run.mark,
+            _threads(self.config),
+            self._on_ray_death,
         )
         self._progress.end("ray", "Ray: one of our own" if self._ray.owned else f"Ray: {address}")
+
+    def _on_ray_death(self, code: int) -> None:
+        self._progress.note(f"Ray ended with code {code}, and all workers with it")
+        self.broken.set()
 
     def _pool_spec(self, prepared: PreparedModel, secret: Secrets) -> PoolSpec:
         from pdserve.cluster.pools import PoolSpec  # noqa: PLC0415
@@ -339,7 +359,7 @@ class Cluster:
                 raise DeadlineExceeded(f"{worker} did not start within {timeout:g} s; see {log}")
         if not settled:
             raise DeadlineExceeded(f"the router did not take its workers within {timeout:g} s")
-        pools = [f"{facts.id} ({facts.blocks_total} blocks)" for facts in membership.workers()]
+        pools = [_pool_text(facts) for facts in membership.workers()]
         self._progress.end("workers", "workers: " + ", ".join(pools))
 
 
@@ -349,6 +369,11 @@ def _all_present(seen: Mapping[WorkerId, Seen]) -> bool:
 
 def _trouble(seen: Mapping[WorkerId, Seen]) -> bool:
     return any(one.failure is not None or one.deaths for one in seen.values())
+
+
+def _pool_text(facts: WorkerFacts) -> str:
+    tokens = facts.blocks_total * facts.model.block_size
+    return f"{facts.id} (pid {facts.pid}, KV pool of {facts.blocks_total} blocks, {tokens} tokens)"
 
 
 def _threads(config: Config) -> int:
@@ -361,6 +386,22 @@ def _check_ports(config: Config) -> None:
     check_free(router.host, router.grpc_port, "router.grpc_port")
 
 
+def open_cluster(
+    config: Config,
+    progress: Progress | None = None,
+    *,
+    ray: RayNode | None = None,
+    modules: Mapping[Role, str] | None = None,
+) -> Cluster:
+    """Takes the cluster's name and cleans up after a killed run of it; starts nothing yet.
+
+    ``ray`` lends a Ray that is already started (one for several clusters); it is not stopped.
+    ``modules`` says where each role's ``start_worker`` is. Raises ConfigError.
+    """
+    run = open_run(config)
+    return Cluster(config, progress or Silent(), run, ray, modules or ENTRY_POINTS)
+
+
 def start_cluster(
     config: Config,
     progress: Progress | None = None,
@@ -368,13 +409,10 @@ def start_cluster(
     ray: RayNode | None = None,
     modules: Mapping[Role, str] | None = None,
 ) -> Cluster:
-    """Starts a cluster and returns when every worker serves and the router knows it.
+    """open_cluster and Cluster.start: returns when every worker serves and the router knows it.
 
-    ``ray`` lends a Ray that is already started (one for several clusters); it is not stopped.
-    ``modules`` says where each role's ``start_worker`` is. Raises PdserveError; ConfigError for
-    what the user can mend. Call from the main thread.
+    Raises PdserveError; ConfigError for what the user can mend. Call from the main thread.
     """
-    run = open_run(config)
-    cluster = Cluster(config, progress or Silent(), run, ray, modules or ENTRY_POINTS)
+    cluster = open_cluster(config, progress, ray=ray, modules=modules)
     cluster.start()
     return cluster

@@ -87,6 +87,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ray_node.RayNode]
         patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where workers find fake_role
         node = ray_node.start_ray("local", short / "ray", orphans.mark_value(state, "r"), threads=3)
     assert orphans.MARK not in os.environ
+    assert node.owned
     yield node
     assert len(orphans.find_marked(state)) > 3  # Ray's own processes carry the mark
     node.stop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -147,8 +148,9 @@ def test_a_forged_record_removes_nothing(config: Config, tmp_path: Path) -> None
     precious.mkdir()
     state = run_dir.state_dir_of(config)
     state.mkdir(parents=True)
-    record = {"pid": 1, "run_id": "x", "short_dir": str(precious), "http": "", "grpc": ""}
-    (state / "run.json").write_text(json.dumps(record))
+    record = run_dir.RunRecord(1, "x", str(precious))
+    (state / "run.json").write_text(json.dumps(dataclasses.asdict(record)))
+    assert run_dir.read_record(state) == record
     run_dir.open_run(config).close()
     assert precious.is_dir()
 

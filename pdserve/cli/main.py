@@ -1,0 +1,143 @@
+"""``pdserve``: reads the command line, runs one command, turns errors into one line each.
+
+Exit status: 0 done, 1 it failed, 2 the command line or the configuration is wrong, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import importlib
+import sys
+from collections.abc import Sequence
+
+_COMMANDS = {
+    "up": "start a cluster on this machine and serve until Ctrl-C",
+    "status": "show the workers of a running cluster",
+    "generate": "send one prompt and print the answer as it comes",
+    "doctor": "check whether this machine can run a cluster",
+}
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="YAML file, see docs/configuration.md")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="set any key of the configuration; may be repeated",
+    )
+    parser.add_argument("--name", help="the cluster's name on this machine")
+
+
+def _add_up(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    pools = parser.add_argument_group("workers")
+    pools.add_argument("--prefill", type=int, metavar="N", help="workers that read prompts")
+    pools.add_argument("--decode", type=int, metavar="N", help="workers that write answers")
+    pools.add_argument(
+        "--mixed",
+        type=int,
+        metavar="N",
+        help="workers that do both; alone, they replace the others",
+    )
+    pools.add_argument("--gpus", type=int, metavar="N", help="GPUs of each worker: 0 or 1")
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", metavar="PATH_OR_HUB_ID", help="what is served")
+    model.add_argument("--served-model-name", metavar="NAME", help="what clients call it")
+    model.add_argument("--max-model-len", type=int, metavar="TOKENS", help="prompt and answer")
+    model.add_argument("--dtype", help="auto, bfloat16, float16, float32 or float64")
+    model.add_argument("--numerics", help="fast or exact")
+    fronts = parser.add_argument_group("fronts")
+    fronts.add_argument("--host", help="address to listen on")
+    fronts.add_argument("--port", type=int, metavar="PORT", help="HTTP; 0 picks one")
+    fronts.add_argument("--grpc-port", type=int, metavar="PORT", help="gRPC; 0 picks one")
+    fronts.add_argument("--api-key-file", action="append", metavar="FILE", help="one key a line")
+    fronts.add_argument("--tls-cert", metavar="FILE", help="PEM certificate")
+    fronts.add_argument("--tls-key", metavar="FILE", help="PEM key")
+    fronts.add_argument(
+        "--strict",
+        action="store_true",
+        default=None,
+        help="refuse requests that no prefill worker can read",
+    )
+
+
+def _add_reach(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    parser.add_argument("--api-key-file", metavar="FILE", help="first key of this file")
+    parser.add_argument("--ca-file", metavar="FILE", help="PEM certificate to trust")
+
+
+def _add_status(parser: argparse.ArgumentParser) -> None:
+    _add_reach(parser)
+    parser.add_argument("--url", help="base URL of the HTTP front; default: the named cluster's")
+    parser.add_argument("--json", action="store_true", help="the answer of GET /workers")
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    _add_reach(parser)
+    parser.add_argument("prompt", help="what to ask; - reads it from standard input")
+    parser.add_argument("--address", help="host:port of gRPC; default: the named cluster's")
+    parser.add_argument("--text", action="store_true", help="continue the text as it is, no chat")
+    parser.add_argument("--system", default="", help="system message of the chat")
+    parser.add_argument("--max-tokens", type=int, default=256, metavar="N")
+    parser.add_argument("--temperature", type=float)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--usage", action="store_true", help="say how the answer was made")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pdserve", description="Serves a language model from prefill and decode workers."
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    adders = {"up": _add_up, "status": _add_status, "generate": _add_generate}
+    for name, text in _COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text.capitalize() + ".")
+        adders.get(name, _add_config)(command)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = _parser()
+    parsed = parser.parse_args(arguments)
+    if parsed.version:
+        metadata = importlib.import_module("importlib.metadata")
+        print(f"pdserve {metadata.version('pdserve')}")
+        return 0
+    if parsed.command is None:
+        parser.print_help()
+        return 2
+    return _run(parsed)
+
+
+def _run(parsed: argparse.Namespace) -> int:
+    from pdserve.errors import ConfigError, PdserveError  # noqa: PLC0415  (brings in gRPC)
+
+    try:
+        command = importlib.import_module(f"pdserve.cli.{parsed.command}")
+        return int(command.run(parsed))
+    except ConfigError as error:
+        _complain(parsed.command, error)
+        return 2
+    except PdserveError as error:
+        _complain(parsed.command, error)
+        return 1
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _complain(parsed.command, f"disk full: cannot write {error.filename or 'a file'}")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _complain(command: str, error: object) -> None:
+    print(f"pdserve {command}: {error}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
