@@ -105,6 +105,9 @@ def _own(mark: str, threads: int) -> dict[str, str]:
         MARK: mark,
         # Ray sets it to 1 for actors that hold no CPU, unless it is set.
         "OMP_NUM_THREADS": str(threads),
+        # Workers share the cores: a thread that spins while it waits stops its neighbours. Read
+        # when the OpenMP library is loaded, so it has to be here before torch is.
+        "OMP_WAIT_POLICY": "passive",
         # Streams go on while the control plane is away; Ray's own processes must too.
         "RAY_gcs_rpc_server_reconnect_timeout_s": "86400",
         # Ray then takes 127.0.0.1 for its node's address, and all of its servers bind to that.
