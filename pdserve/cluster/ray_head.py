@@ -21,9 +21,7 @@ def main(path: str) -> int:
     import ray  # noqa: PLC0415  (reads the environment, which the owner has set)
 
     done = threading.Event()
-    context = ray.init(
-        address="local", log_to_driver=False, logging_level=logging.ERROR, **arguments
-    )
+    ray.init(address="local", log_to_driver=False, logging_level=logging.ERROR, **arguments)
     signal.signal(signal.SIGTERM, lambda number, frame: done.set())
     print(json.dumps({"address": ray.get_runtime_context().gcs_address}), flush=True)
     done.wait()
