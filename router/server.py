@@ -74,7 +74,9 @@ class RouterServer:
         )
         port = bind(self._internal, self._boot.internal_address, self._boot.identity.tls)
         await self._internal.start()
-        self._fronts = await start_fronts(self._boot, self.dispatcher)
+        self._fronts = await start_fronts(
+            self._boot, self.dispatcher, counters=self.dispatcher.counters.read
+        )
         selftest = SelfTest(self.dispatcher, self._registry, self._boot.config)
         self._selftest = asyncio.create_task(selftest.run(), name="self-test")
         self._tasks = [
