@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,8 @@ def start_ray(
         elif address != "auto":
             _check_reachable(address)
         try:
-            _connect(address)
+            with _loopback_alone() if local else nullcontext():
+                _connect(address)
             gpus = float(_ray().cluster_resources().get("GPU", 0.0))
             nodes = sum(1 for node in _ray().nodes() if node["Alive"])
         except BaseException:
@@ -203,7 +204,7 @@ def _access() -> dict[str, str]:
     """The access token of every Ray that this process starts.
 
     Ray's ports run what they are sent, so they demand a token, on loopback too: every user of the
-    machine reaches that. Ray decides when it is imported; imported before, it can no longer be told.
+    machine reaches that. Ray decides when it is imported; imported before, it cannot be told.
     """
     if "ray" in sys.modules:
         logger.warning("Ray was imported before its start: it runs without an access token")
@@ -220,6 +221,22 @@ def check_resources(wanted: Mapping[Role, int]) -> None:
                 f"the Ray cluster offers {have.get(role.value, 0):g} of resource {role.value!r}, "
                 f"{count} wanted: start its nodes with --resources='{{\"{role.value}\": N}}'"
             )
+
+
+@contextmanager
+def _loopback_alone() -> Iterator[None]:
+    """Keeps 127.0.0.1 what it is; Ray would take it for this machine's address in the network.
+
+    The variable in ``_own`` says the same to processes in which Ray is not imported yet.
+    """
+    from ray._private import ray_constants  # noqa: PLC0415
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 @contextmanager

@@ -214,7 +214,7 @@ class Clusters:
 
     def __init__(self, folder: Path, ray: RayNode) -> None:
         self._folder = folder
-        self._ray = ray
+        self.ray = ray
         self._variant: Variant | None = None
         self._running: Running | None = None
         self._count = 0
@@ -257,7 +257,7 @@ class Clusters:
             ],
             {"name": f"t{self._count}", "state_dir": str(self._folder / f"state-{self._count}")},
         )
-        cluster = start_cluster(config, ray=self._ray)
+        cluster = start_cluster(config, ray=self.ray)
         running = Running(cluster, context)
         running.wait_ready()
         return running
