@@ -7,6 +7,7 @@ pdserve's own configuration with their types, bounds and choices, less those tha
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,23 @@ OWNED = (
 )
 _TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
 
+
+def _each(names: Iterable[str], schema: Schema) -> dict[str, Schema]:
+    return dict.fromkeys(names, schema)
+
+
+_TEXTS: Schema = {"type": "object", "additionalProperties": {"type": "string"}}
+
 # Pieces of the Kubernetes API, which checks them itself, and free maps of texts.
 _OPEN: dict[str, Schema] = {
-    **dict.fromkeys(
+    **_each(
         ("nodeSelector", "commonLabels", "podAnnotations", "serviceAnnotations", "labels"),
-        {"type": "object", "additionalProperties": {"type": "string"}},
+        _TEXTS,
     ),
-    "prometheusNamespaceLabels": {"type": "object", "additionalProperties": {"type": "string"}},
-    "rayStartParams": {"type": "object", "additionalProperties": {"type": "string"}},
+    "prometheusNamespaceLabels": _TEXTS,
+    "rayStartParams": _TEXTS,
     "affinity": {"type": "object"},
-    **dict.fromkeys(
+    **_each(
         ("tolerations", "topologySpreadConstraints", "clients", "extraEgress"),
         {"type": "array", "items": {"type": "object"}},
     ),
@@ -77,9 +85,9 @@ _PORT: Schema = {"type": "integer", "minimum": 1, "maximum": 65535}
 _COUNT: Schema = {"type": "integer", "minimum": 0, "maximum": 1024}
 # Narrower than the type of the default.
 _NARROW: dict[str, Schema] = {
-    **dict.fromkeys(("httpPort", "grpcPort", "metricsPort"), _PORT),
-    **dict.fromkeys(("replicas", "minReplicas", "prefill", "decode", "mixed"), _COUNT),
-    **dict.fromkeys(("maxReplicas", "workersPerPod", "replicaCount"), _COUNT | {"minimum": 1}),
+    **_each(("httpPort", "grpcPort", "metricsPort"), _PORT),
+    **_each(("replicas", "minReplicas", "prefill", "decode", "mixed"), _COUNT),
+    **_each(("maxReplicas", "workersPerPod", "replicaCount"), _COUNT | {"minimum": 1}),
     "preStopSeconds": {"type": "integer", "minimum": 0, "maximum": 600},
     "startupSeconds": {"type": "integer", "minimum": 30},
     "terminationGracePeriodSeconds": {"type": "integer", "minimum": 1},
@@ -90,7 +98,7 @@ _NARROW: dict[str, Schema] = {
     "upgradeStrategy": {"enum": ["Recreate", "None"]},
     "upscalingMode": {"enum": ["Default", "Aggressive", "Conservative"]},
     "digest": {"type": "string", "pattern": "^(sha256:[0-9a-f]{64})?$"},
-    **dict.fromkeys(
+    **_each(
         ("shmSize", "sizeLimit", "storage"),
         {"type": "string", "pattern": "^[0-9]+(Mi|Gi|Ti)$"},
     ),
