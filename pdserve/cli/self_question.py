@@ -51,20 +51,31 @@ def client_for(access: router_view.Access, grpc: str) -> Client:
     return Client(grpc, options)
 
 
-def wait_ready(access: router_view.Access) -> None:
-    """Waits for /ready. DeadlineExceeded with the reason that the router gives."""
-    limit, reason = time.monotonic() + READY_TIMEOUT_S, "it did not answer"
-    while time.monotonic() < limit:
-        try:
-            status, body = router_view.get(access, "/ready")
-        except WorkerLost as error:
-            reason = str(error)
-        else:
-            if status == 200:
-                return
-            reason = _message(body)
+def wait_ready(access: router_view.Access, workers: int) -> None:
+    """Waits for /ready, and for as many workers to be ready. DeadlineExceeded says what lacks."""
+    limit = time.monotonic() + READY_TIMEOUT_S
+    while reason := _lacking(access, workers):
+        if time.monotonic() >= limit:
+            raise DeadlineExceeded(
+                f"the cluster did not get ready within {READY_TIMEOUT_S:g} s: {reason}"
+            )
         time.sleep(0.05)
-    raise DeadlineExceeded(f"the cluster did not get ready within {READY_TIMEOUT_S:g} s: {reason}")
+
+
+def _lacking(access: router_view.Access, workers: int) -> str:
+    """What keeps the cluster from being whole, as its router says; empty when nothing does."""
+    try:
+        status, body = router_view.get(access, "/ready")
+        if status != 200:
+            return _message(body)
+        # One worker may suffice for the router; the question is to go through all roles.
+        states = {str(one.get("id")): one.get("state") for one in router_view.workers(access)}
+    except WorkerLost as error:
+        return str(error)
+    waiting = [f"{worker} is {state}" for worker, state in states.items() if state != "ready"]
+    if len(states) < workers:
+        waiting.append(f"{len(states)} of {workers} workers have joined")
+    return ", ".join(waiting)
 
 
 def _message(body: bytes) -> str:
@@ -78,8 +89,8 @@ def ask_itself(cluster: Cluster, show_text: Callable[[str], None]) -> Report:
     """Streams the answer to ``show_text``. Raises PdserveError if the KV should have moved and
     did not."""
     access = cluster.http
-    wait_ready(access)
     pools = cluster.config.pools
+    wait_ready(access, pools.prefill + pools.decode + pools.mixed)
     both = pools.prefill > 0 and pools.decode > 0
     with client_for(access, router_view.local_address(cluster.addresses.grpc)) as client:
         report = _ask(client, _prompt(client, cluster.config), show_text)
