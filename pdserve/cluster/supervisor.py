@@ -218,7 +218,7 @@ class Cluster:
         if config.pools.ray_address != LOCAL:
             ray_node.check_resources(counts(config))
         plans = plan_pools(config, self._ray.gpus, self._ray.nodes)
-        progress.begin("workers", f"starting {len(plans)} workers")
+        progress.begin("workers", f"starting {len(plans)} worker{'s' * (len(plans) > 1)}")
         self._pools = Pools(self._pool_spec(prepared, secret), plans)
         self._pools.create()
         router.result()
