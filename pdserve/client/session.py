@@ -127,7 +127,7 @@ class Session:
         if not self._heard:
             patience = self._failing_since + self._options.connect_timeout_s
         wait = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2.0 ** min(self._quiet, 10))
-        wait *= random.uniform(0.5, 1.0)  # noqa: S311 - spreads clients out, keeps no secret
+        wait *= random.uniform(0.5, 1.0)  # nosec B311  # noqa: S311  (keeps no secret)
         if not again or now + wait >= min(patience, self._deadline):
             raise error
         return wait

@@ -144,7 +144,7 @@ def _remove_short_dir(path: Path) -> None:
 def _fresh_run(name: str, state_dir: Path, orphans: tuple[Marked, ...], lock_fd: int) -> Run:
     run_id = secrets.token_hex(6)
     tmp = tempfile.gettempdir()
-    base = Path(tmp if len(tmp) <= _LONGEST_TMP else "/tmp")  # noqa: S108  (see _LONGEST_TMP)
+    base = Path(tmp if len(tmp) <= _LONGEST_TMP else "/tmp")  # nosec B108  # noqa: S108  (see _LONGEST_TMP)
     run = Run(name, state_dir, base / f"pds-{run_id}", run_id, orphans, lock_fd)
     for folder in (state_dir, base):
         _check_space(folder)
