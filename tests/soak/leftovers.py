@@ -1,0 +1,117 @@
+"""Whether a quiet cluster has given everything back: blocks, sockets, threads, shared memory.
+
+    calm -measure-> baseline ... load, faults ... quiet -look, until all is back or time up-> said
+
+Blocks are exact: free + cached = total on every worker, and no invariant broken. Of a process, its
+open files by kind, its threads and the shared pools that it maps are compared with the most that
+any process of its role had when the cluster was calm and every pair of workers had met.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from pdserve.v1 import worker_pb2 as pb
+from tests.e2e.clusters import Running
+
+POLL_S = 0.1
+# Libraries open one now and then: a DNS or control connection, a thread of a pool that grows.
+ALLOWED = {"threads": 6, "socket": 6, "pipe": 2, "anon": 4, "file": 4, "memfd": 0, "mapped": 0}
+
+Resources = Mapping[str, int]
+Baseline = Mapping[str, Resources]
+
+
+@dataclass(frozen=True)
+class Leftovers:
+    """After a phase: how long it took until nothing was left, or what still was."""
+
+    seconds: float
+    left: tuple[str, ...]
+
+
+def processes(running: Running) -> dict[str, int]:
+    """Pids by name: the workers and the router."""
+    named = {str(facts.id): facts.pid for facts in running.cluster.workers()}
+    return {**named, "router": running.cluster.router_pid}
+
+
+def resources(pid: int) -> Resources:
+    found: Counter[str] = Counter()
+    folder = Path(f"/proc/{pid}")
+    found["threads"] = len(list((folder / "task").iterdir()))
+    for fd in (folder / "fd").iterdir():
+        try:
+            found[_kind(os.readlink(fd))] += 1
+        except FileNotFoundError:
+            continue
+    maps = (folder / "maps").read_text().splitlines()
+    found["mapped"] = len({line.split()[4] for line in maps if "memfd:" in line})
+    return found
+
+
+def _kind(target: str) -> str:
+    for name in ("socket", "pipe"):
+        if target.startswith(f"{name}:"):
+            return name
+    if "memfd:" in target:
+        return "memfd"
+    return "anon" if target.startswith("anon_inode:") else "file"
+
+
+def role_of(name: str) -> str:
+    return name.rsplit("-", 1)[0]
+
+
+def measure(running: Running) -> Baseline:
+    """The most that a process of each role has now."""
+    most: dict[str, Counter[str]] = {}
+    for name, pid in processes(running).items():
+        role = most.setdefault(role_of(name), Counter())
+        most[role_of(name)] = role | Counter(resources(pid))
+    return most
+
+
+def look(running: Running, baseline: Baseline) -> list[str]:
+    """What is left; empty when all was given back."""
+    left: list[str] = []
+    for facts in running.cluster.workers():
+        try:
+            check = running.on_worker(facts, lambda stub: stub.CheckIdle(pb.CheckIdleRequest()))
+        except grpc.RpcError as error:
+            left.append(f"{facts.id}: {error.code().name}")
+            continue
+        left += [f"{facts.id}: {violation}" for violation in check.violations]
+        if not check.idle:
+            left.append(f"{facts.id} is not idle")
+        if check.blocks_free + check.blocks_cached != check.blocks_total:
+            left.append(
+                f"{facts.id}: {check.blocks_free} free + {check.blocks_cached} cached blocks "
+                f"of {check.blocks_total}"
+            )
+    for name, pid in processes(running).items():
+        now, calm = resources(pid), baseline[role_of(name)]
+        left += [
+            f"{name}: {kind} {now.get(kind, 0)}, calm {calm.get(kind, 0)}"
+            for kind, more in ALLOWED.items()
+            if now.get(kind, 0) > calm.get(kind, 0) + more
+        ]
+    return left
+
+
+def settle(running: Running, baseline: Baseline, within_s: float) -> Leftovers:
+    """Looks until nothing is left, for one lease and 5 s at most."""
+    began = time.monotonic()
+    while True:
+        left = look(running, baseline)
+        took = time.monotonic() - began
+        if not left or took > within_s:
+            return Leftovers(took, tuple(left))
+        time.sleep(POLL_S)
