@@ -28,7 +28,7 @@ from pdserve.errors import (
 )
 from pdserve.faults import Step, board
 from pdserve.rpc import convert
-from pdserve.types import PROTOCOL_VERSION, WorkerFacts
+from pdserve.types import PROTOCOL_VERSION, Incarnation, WorkerFacts
 from pdserve.v1 import inference_pb2, kv_pb2, worker_pb2
 from pdserve.worker.bridge import EngineBridge, SequenceEvent
 
@@ -48,6 +48,8 @@ class AttemptServices:
         [BlockReader, tuple[BlockOffer, ...], tuple[int, ...], float], Awaitable[ReadReport]
     ]
     keep_alive_s: float
+    # What is open to an incarnation that cannot be reached; True: it is known to be over.
+    peer_lost: Callable[[Incarnation, bool], None]
 
 
 class Attempt:
@@ -105,6 +107,9 @@ class Attempt:
                 self._perform(self._on_peer(message))
             self._perform(self._machine.peer_lost(WorkerLost("prefill closed the hand-off")))
         except PdserveError as error:
+            if isinstance(error, WorkerLost) and not peer.dropped:
+                gone = isinstance(error, StaleIncarnation)
+                self._services.peer_lost(Incarnation(self._start.prefill.incarnation), gone)
             peer.drop()
             self._perform(self._machine.peer_lost(error))
 
@@ -175,7 +180,7 @@ class Attempt:
             )
         except PdserveError as error:
             logger.warning("attempt %s: %s", self._submit.seq.hex(), error)
-            self._perform(self._machine.read_failed(error))
+            self._perform(self._machine.read_failed(effect.offers, error))
         else:
             self._record.read(effect.offers, report, reader.transport.value)
             self._perform(self._machine.read_done(effect.offers, report))
@@ -223,8 +228,17 @@ class Attempt:
             self._peer.grant(effect.block_indices, "")
         elif isinstance(effect, protocol.SendDone):
             self._peer.done()
+        elif effect.suspect:
+            self._peer.denounce(effect.suspect)
+            self._forget(effect.suspect)
         else:
             self._peer.drop()
+
+    def _forget(self, suspect: tuple[int, ...]) -> None:
+        """A tier that both workers share may hold what the peer's pool holds."""
+        keys = self._submit.tokens.block_keys[min(suspect) :]
+        if keys:
+            self._services.bridge.post(api.Forget(keys))
 
     def _emit_tokens(self, effect: protocol.Emit) -> None:
         board.hit(Step.DECODE_TOKENS)

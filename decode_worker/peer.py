@@ -18,6 +18,8 @@ from pdserve.rpc.identity import Identity
 from pdserve.rpc.status import from_rpc_error
 from pdserve.v1 import kv_pb2, kv_pb2_grpc
 
+FAREWELL_S = 2.0
+
 
 class PrefillPeer:
     """Owns the call. ``keep_alive_s`` is well below the peer's lease."""
@@ -27,6 +29,7 @@ class PrefillPeer:
     ) -> None:
         self._outbox: asyncio.Queue[kv_pb2.DecodeToPrefill | None] = asyncio.Queue()
         self._keep_alive_s = keep_alive_s
+        self.dropped = False  # ended from this side, before its time
         self._outbox.put_nowait(kv_pb2.DecodeToPrefill(start=start))
         self._call = stub.Run(self._requests())
 
@@ -39,7 +42,17 @@ class PrefillPeer:
         self._outbox.put_nowait(None)
 
     def drop(self) -> None:
+        self.dropped = True
         self._call.cancel()
+
+    def denounce(self, suspect: tuple[int, ...]) -> None:
+        """Ends the call by saying which offered blocks arrived damaged."""
+        self.dropped = True
+        cancel = kv_pb2.CancelPrefill(reason="blocks arrived damaged", suspect_blocks=suspect)
+        self._outbox.put_nowait(kv_pb2.DecodeToPrefill(cancel=cancel))
+        self._outbox.put_nowait(None)
+        # The peer closes the call when it has read this; one that does not is cut off.
+        asyncio.get_running_loop().call_later(FAREWELL_S, self._call.cancel)
 
     async def messages(self) -> AsyncIterator[kv_pb2.PrefillToDecode]:
         """Ends when the peer ended the call well; raises PdserveError when it did not."""

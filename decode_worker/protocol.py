@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from kv_transfer.base import BlockOffer, ReadReport
 from pdserve.engine import api
-from pdserve.errors import Cancelled, PdserveError, ProtocolError
+from pdserve.errors import Cancelled, ChecksumMismatch, PdserveError, ProtocolError
 from pdserve.lifecycle import Table
 from pdserve.types import FinishReason, TokenOut
 
@@ -111,7 +111,9 @@ class SendDone:
 
 @dataclass(frozen=True, slots=True)
 class DropPeer:
-    """The stream to the peer is cancelled."""
+    """The stream to the peer is cancelled; it hears which of its blocks arrived damaged."""
+
+    suspect: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,12 +213,15 @@ class DecodeAttempt:
         self._move(Input.READ)
         return self._give_back() if self.state is State.WINDING_DOWN else self._arrived()
 
-    def read_failed(self, error: PdserveError) -> list[Effect]:
+    def read_failed(self, offers: Sequence[BlockOffer], error: PdserveError) -> list[Effect]:
         self._reading -= 1
         self._move(Input.READ)
         if self.state is State.WINDING_DOWN:
             return self._give_back()
-        return self._fail(error, peer_at_fault=True)
+        suspect: tuple[int, ...] = ()
+        if isinstance(error, ChecksumMismatch):
+            suspect = tuple(offer.index for offer in offers)
+        return self._fail(error, peer_at_fault=True, suspect=suspect)
 
     # ---- the engine's events
 
@@ -288,8 +293,10 @@ class DecodeAttempt:
         self._lent = False
         return [Post(api.ImportDone(self.seq, self._first_token)), SendDone()]
 
-    def _fail(self, error: PdserveError, peer_at_fault: bool) -> list[Effect]:
-        return [EmitFailure(error, peer_at_fault), DropPeer(), *self._leave(error)]
+    def _fail(
+        self, error: PdserveError, peer_at_fault: bool, suspect: tuple[int, ...] = ()
+    ) -> list[Effect]:
+        return [EmitFailure(error, peer_at_fault), DropPeer(suspect), *self._leave(error)]
 
     def _leave(self, reason: PdserveError) -> list[Effect]:
         if TABLE.allows(self.state, Input.DROP):

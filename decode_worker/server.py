@@ -21,7 +21,7 @@ from decode_worker.peer import PeerStubs
 from decode_worker.session import DecodeService
 from kv_transfer.base import BlockOffer, BlockReader, Endpoint, ReadReport
 from kv_transfer.readers import ReaderPool
-from pdserve.types import WorkerFacts
+from pdserve.types import Incarnation, WorkerFacts
 from pdserve.v1 import worker_pb2_grpc
 from pdserve.worker.boot import WorkerBoot
 from pdserve.worker.core import WorkerCore
@@ -41,7 +41,11 @@ class DecodeWorker:
         built = self._core.built
         self._caches = WorkerCaches(boot, built.memory, built.facts.fingerprint)
         self._readers = ReaderPool(
-            built.memory, built.facts.fingerprint, config.transfer, boot.identity.transfer_token
+            built.memory,
+            built.facts.fingerprint,
+            config.transfer,
+            boot.identity.transfer_token,
+            relay=config.testing.transfer_relay,
         )
         self._threads = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="kv-read")
         self._stubs = PeerStubs(boot.identity, config.transfer.max_message_bytes)
@@ -68,6 +72,7 @@ class DecodeWorker:
             open_reader=self._open_reader,
             read=self._read,
             keep_alive_s=config.transfer.lease_s / KEEP_ALIVES_PER_LEASE,
+            peer_lost=self._peer_lost,
         )
         self._service = DecodeService(
             services, config.timers.dead_after_s, lambda: self._core.draining
@@ -77,6 +82,13 @@ class DecodeWorker:
     async def _open_reader(self, endpoint: Endpoint) -> BlockReader:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, self._readers.reader_for, endpoint)
+
+    def _peer_lost(self, incarnation: Incarnation, gone: bool) -> None:
+        """On a thread: closing waits for a read that is under way."""
+        if gone:
+            self._threads.submit(self._readers.revoke, incarnation)
+        else:
+            self._threads.submit(self._readers.close_lost)
 
     async def _read(
         self,

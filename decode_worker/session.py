@@ -25,6 +25,7 @@ from pdserve.errors import (
     StaleIncarnation,
     WorkerLost,
 )
+from pdserve.types import Incarnation
 from pdserve.v1 import worker_pb2, worker_pb2_grpc
 from pdserve.worker.wire import submit_from_wire
 
@@ -86,6 +87,9 @@ class _Session:
                     self._start(message.start)
                 elif kind == "cancel":
                     self._cancel(bytes(message.cancel.attempt_id))
+                elif kind == "peer_gone":
+                    gone = Incarnation(bytes(message.peer_gone.incarnation))
+                    self._services.peer_lost(gone, True)
         finally:
             self._close()
 

@@ -113,12 +113,14 @@ class ReaderPool:
         cluster_token: str,
         *,
         links: LinkFactory | None = None,
+        relay: str = "",
     ) -> None:
         self._pool = pool
         self._fingerprint = fingerprint
         self._config = config
         self._token = cluster_token
         self._links = links or nccl_links(pool)
+        self._relay = relay
         self._order = tuple(Transport(name) for name in config.transports)
         self._local = local_capabilities(pool, links=self._links is not None)
         self._lock = threading.Lock()
@@ -241,4 +243,4 @@ class ReaderPool:
             assert self._links is not None
             return SlotReader(endpoint, pool, fingerprint, token, self._links, deadline)
         limit = self._config.max_message_bytes
-        return TcpReader(endpoint, pool, fingerprint, token, limit, deadline)
+        return TcpReader(endpoint, pool, fingerprint, token, limit, deadline, self._relay)

@@ -135,14 +135,22 @@ class Channel:
         self._sock.settimeout(remaining)
 
 
-def connect(endpoint: Endpoint, fingerprint: Fingerprint, token: str, deadline: float) -> Channel:
-    """An authenticated connection to that very incarnation; bounded by ``deadline``."""
-    host, port = parse_address(endpoint.tcp_address)
+def connect(
+    endpoint: Endpoint, fingerprint: Fingerprint, token: str, deadline: float, relay: str = ""
+) -> Channel:
+    """An authenticated connection to that very incarnation; bounded by ``deadline``.
+
+    A ``relay`` is connected to in the peer's place, and reads the peer's address as a first line.
+    """
+    host, port = parse_address(relay or endpoint.tcp_address)
     timeout = deadline - time.monotonic()
     if timeout <= 0:
         raise DeadlineExceeded("no time left to connect to the peer's transfer server")
     with _lost_peer():
-        channel = Channel(socket.create_connection((host, port), timeout=timeout))
+        sock = socket.create_connection((host, port), timeout=timeout)
+        if relay:
+            sock.sendall(endpoint.tcp_address.encode() + b"\n")
+        channel = Channel(sock)
     try:
         _greet(channel, endpoint, fingerprint, token, deadline)
     except PdserveError:

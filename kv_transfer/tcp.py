@@ -38,13 +38,14 @@ class TcpReader:
         token: str,
         message_bytes: int,
         deadline: float,
+        relay: str = "",
     ) -> None:
         self.usable = True
         self._endpoint = endpoint
         self._checksum = checksum_for(endpoint.device_uuid)
         self._sink = spans_of(pool)
         self._message_bytes = message_bytes
-        self._channel = session.connect(endpoint, fingerprint, token, deadline)
+        self._channel = session.connect(endpoint, fingerprint, token, deadline, relay)
 
     def read(
         self, offers: Sequence[BlockOffer], into: Sequence[int], deadline: float

@@ -163,6 +163,9 @@ class RouterConfig:
     strict: bool = opt(False, "Refuse (503) what would run without a prefill worker.")
     request_timeout_s: float = opt(600.0, "Default deadline of a request.", low=1)
     max_requests: int = opt(1024, "Requests in flight; more are refused (429).", low=1)
+    max_connections: int = opt(
+        4096, "HTTP connections at once; more are closed at once. Streams of one for gRPC.", low=1
+    )
     max_body_bytes: int = opt(8 * 2**20, "Longest HTTP body or gRPC message.", low=1024)
     max_n: int = opt(16, "Largest n.", low=1, high=1024)
     max_prompts: int = opt(64, "Prompts in one completion request.", low=1)
@@ -211,6 +214,11 @@ class SecurityConfig:
 @dataclass(frozen=True, slots=True)
 class TestingConfig:
     faults: bool = opt(False, "Workers obey ArmFault (pdserve/faults.py).")
+    transfer_relay: str = opt(
+        "",
+        "host:port that decode workers connect to in place of a transfer server; it is told the "
+        "server's address in a first line.",
+    )
 
 
 @dataclass(frozen=True, slots=True)

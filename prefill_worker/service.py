@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -142,6 +142,7 @@ class _Attempt:
         self._service = service
         blocks = -(-len(submit.tokens.token_ids) // service._facts().model.block_size)
         self._machine = PrefillHandOff(submit.seq, blocks)
+        self._keys = submit.tokens.block_keys
         self._heard = time.monotonic()
 
     async def read_wire(self, requests: AsyncIterator[kv_pb2.DecodeToPrefill]) -> None:
@@ -216,10 +217,18 @@ class _Attempt:
             if kind == "done":
                 return self._machine.done()
             if kind == "cancel":
+                self._forget(message.cancel.suspect_blocks)
                 return self._machine.lost(Cancelled(message.cancel.reason))
             raise ProtocolError(f"unexpected message {kind} in a hand-off")
         except ProtocolError as error:
             return self._machine.lost(error)
+
+    def _forget(self, suspect: Sequence[int]) -> None:
+        """Blocks that arrived damaged may lie here like that: they and what builds on them go."""
+        keys = self._keys[min(suspect) :] if suspect else ()
+        if keys:
+            logger.warning("hand-off %s: %d suspect blocks", self._machine.seq.hex(), len(keys))
+            self._service.post(api.Forget(keys))
 
     def _finished(self, event: api.Tokens) -> kv_pb2.PrefillToDecode:
         finished = kv_pb2.PrefillFinished(

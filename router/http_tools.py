@@ -58,6 +58,7 @@ def worker_object(view: WorkerView) -> dict[str, Any]:
         },
         "running": load.running,
         "waiting": load.waiting,
+        "degraded": load.degraded,
     }
 
 

@@ -73,6 +73,9 @@ class Links:
         live = {facts.incarnation: facts for facts in self._registry.live()}
         for incarnation in self._links.keys() - live.keys():
             self._drop(incarnation, WorkerLost("the worker is gone"))
+            for other in self._links.values():
+                if other.session is not None:
+                    other.session.peer_gone(incarnation)
         for incarnation, facts in live.items():
             link = self._links.get(incarnation)
             if link is None:

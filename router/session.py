@@ -20,7 +20,7 @@ import grpc.aio
 
 from pdserve.errors import PdserveError, StaleIncarnation, WorkerLost
 from pdserve.rpc.channels import from_rpc_error
-from pdserve.types import AttemptId, WorkerFacts
+from pdserve.types import AttemptId, Incarnation, WorkerFacts
 from pdserve.v1 import kv_pb2, worker_pb2, worker_pb2_grpc
 from router.counters import Counters
 from router.inbox import AttemptLost, Inbox, Parked
@@ -71,6 +71,12 @@ class DecodeSession:
         if self._attempts.pop(attempt, None) is None:
             return  # it ended, or was lost with this session
         self._send(worker_pb2.RouterToDecode(cancel=worker_pb2.CancelAttempt(attempt_id=attempt)))
+
+    def peer_gone(self, incarnation: Incarnation) -> None:
+        """The worker may let go of what it keeps open to that prefill worker."""
+        if not self.closed:
+            gone = worker_pb2.PeerGone(incarnation=incarnation)
+            self._send(worker_pb2.RouterToDecode(peer_gone=gone))
 
     def close(self, error: PdserveError) -> None:
         """Ends the stream, which cancels its attempts on the worker, and fails them here."""

@@ -239,6 +239,13 @@ class Cleared:
     pass
 
 
+@dataclass(frozen=True, slots=True)
+class Forgotten:
+    """Answers Forget: its keys and their descendants, which are to leave the slower tiers too."""
+
+    keys: tuple[BlockKey, ...]
+
+
 Event = (
     Admitted
     | TierRead
@@ -250,6 +257,7 @@ Event = (
     | Stored
     | Removed
     | Cleared
+    | Forgotten
 )
 # Called on the engine's thread with all that one step made; must not block.
 EventSink = Callable[[Sequence[Event]], None]

@@ -18,6 +18,7 @@ from pdserve.engine.api import (
     Event,
     Job,
     PinTicket,
+    Forgotten,
     Removed,
     Stored,
     WriteBack,
@@ -237,8 +238,11 @@ class KvBook:
 
     # ---- the index as a whole --------------------------------------------------------------------
 
-    def forget(self, keys: Iterable[BlockKey]) -> None:
-        self._removed(self.pool.forget(keys))
+    def forget(self, keys: tuple[BlockKey, ...]) -> None:
+        removed = self.pool.forget(keys)
+        self._removed(removed)
+        # A slower tier may hold what this pool never had or has evicted.
+        self._events.append(Forgotten(tuple(dict.fromkeys((*keys, *removed)))))
 
     def flush(self) -> None:
         removed = self.pool.flush()

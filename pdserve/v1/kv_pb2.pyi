@@ -97,10 +97,12 @@ class Done(_message.Message):
     def __init__(self) -> None: ...
 
 class CancelPrefill(_message.Message):
-    __slots__ = ("reason",)
+    __slots__ = ("reason", "suspect_blocks")
     REASON_FIELD_NUMBER: _ClassVar[int]
+    SUSPECT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     reason: str
-    def __init__(self, reason: _Optional[str] = ...) -> None: ...
+    suspect_blocks: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, reason: _Optional[str] = ..., suspect_blocks: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class KeepAlive(_message.Message):
     __slots__ = ()

@@ -192,15 +192,23 @@ class CancelAttempt(_message.Message):
     attempt_id: bytes
     def __init__(self, attempt_id: _Optional[bytes] = ...) -> None: ...
 
+class PeerGone(_message.Message):
+    __slots__ = ("incarnation",)
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    incarnation: bytes
+    def __init__(self, incarnation: _Optional[bytes] = ...) -> None: ...
+
 class RouterToDecode(_message.Message):
-    __slots__ = ("start", "cancel", "keep_alive")
+    __slots__ = ("start", "cancel", "keep_alive", "peer_gone")
     START_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     KEEP_ALIVE_FIELD_NUMBER: _ClassVar[int]
+    PEER_GONE_FIELD_NUMBER: _ClassVar[int]
     start: StartAttempt
     cancel: CancelAttempt
     keep_alive: _kv_pb2.KeepAlive
-    def __init__(self, start: _Optional[_Union[StartAttempt, _Mapping]] = ..., cancel: _Optional[_Union[CancelAttempt, _Mapping]] = ..., keep_alive: _Optional[_Union[_kv_pb2.KeepAlive, _Mapping]] = ...) -> None: ...
+    peer_gone: PeerGone
+    def __init__(self, start: _Optional[_Union[StartAttempt, _Mapping]] = ..., cancel: _Optional[_Union[CancelAttempt, _Mapping]] = ..., keep_alive: _Optional[_Union[_kv_pb2.KeepAlive, _Mapping]] = ..., peer_gone: _Optional[_Union[PeerGone, _Mapping]] = ...) -> None: ...
 
 class AttemptFailure(_message.Message):
     __slots__ = ("code", "message", "retryable", "retry_after_ms", "suspect_worker")

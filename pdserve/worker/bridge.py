@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from pdserve.engine import api
+from pdserve.types import BlockKey
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,8 @@ class TierPort(Protocol):
     def read(self, job: api.TierRead, done: Callable[[api.TierReadDone], None]) -> None: ...
 
     def write_back(self, job: api.WriteBack, done: Callable[[api.Unpin], None]) -> None: ...
+
+    def forget(self, keys: Sequence[BlockKey]) -> None: ...
 
 
 class KvEventPort(Protocol):
@@ -74,6 +77,9 @@ class EngineBridge:
             elif isinstance(event, api.WriteBack):
                 assert self._tiers is not None
                 self._tiers.write_back(event, self._post)
+            elif isinstance(event, api.Forgotten):
+                if self._tiers is not None:
+                    self._tiers.forget(event.keys)
             elif isinstance(event, api.Stored | api.Removed | api.Cleared):
                 changes.append(event)
             else:

@@ -17,7 +17,7 @@ import pytest
 from decode_worker import protocol as decode
 from kv_transfer.base import BlockOffer, ReadReport
 from pdserve.engine import api
-from pdserve.errors import Cancelled, DeadlineExceeded, ProtocolError, TransferError, WorkerLost
+from pdserve.errors import Cancelled, ChecksumMismatch, DeadlineExceeded, ProtocolError, WorkerLost
 from pdserve.types import CachedTokens, FinishReason, TokenOut
 from prefill_worker import protocol as prefill
 
@@ -201,8 +201,8 @@ class World:
 
     def _read_bad(self) -> None:
         self.faults -= 1
-        self.reads.pop(0)
-        self.run_decode(self.decode.read_failed(TransferError("flipped")))
+        read = self.reads.pop(0)
+        self.run_decode(self.decode.read_failed(read.offers, ChecksumMismatch("flipped")))
 
     def _connection_lost(self) -> None:
         self.faults -= 1

@@ -298,6 +298,7 @@ def test_state_endpoints(world: World) -> None:
                 "blocks": {"used": 5, "cached": 7, "total": 64},
                 "running": 2,
                 "waiting": 1,
+                "degraded": "",
             }
         ]
     }
