@@ -25,6 +25,7 @@ from prometheus_client import (
     disable_created_metrics,
 )
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.openmetrics import exposition as openmetrics
 
 from pdserve.telemetry.collectors import CounterCollector, WorkerCollector, WorkerLike
 from pdserve.types import FinishReason, Tier, Usage
@@ -183,6 +184,12 @@ class RouterMetrics:
     def render(self, accept: str = "") -> tuple[bytes, str]:
         """Body and content type of /metrics. ``accept``: the request's header."""
         encode, content_type = choose_encoder(accept)
+        if content_type.startswith("application/openmetrics-text"):
+            # Its encoder would write the colon of our names as an underscore, which no name needs.
+            body: bytes = openmetrics.generate_latest(  # type: ignore[no-untyped-call]
+                self._registry, escaping=openmetrics.ALLOWUTF8
+            )
+            return body, openmetrics.CONTENT_TYPE_LATEST
         return encode(self._registry), content_type
 
     # ---- the series -----------------------------------------------------------------------------

@@ -172,3 +172,7 @@ def test_open_metrics_is_answered_to_who_asks_for_it(made: metrics.RouterMetrics
     body, content_type = made.render("application/openmetrics-text; version=1.0.0")
     assert content_type.startswith("application/openmetrics-text")
     assert body.endswith(b"# EOF\n")
+    # The names are the same ones; a library that escapes would write pdserve_.
+    assert b"\npdserve:requests_in_flight{" in body
+    assert b"pdserve_" not in body
+    assert b'"pdserve:' not in body
