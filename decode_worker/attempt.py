@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +20,7 @@ from kv_transfer.base import BlockOffer, BlockReader, Endpoint, ReadReport
 from kv_transfer.convert import endpoint_from_proto, offers_from_proto
 from pdserve.engine import api
 from pdserve.errors import (
+    DeadlineExceeded,
     InternalError,
     LayoutMismatch,
     PdserveError,
@@ -180,6 +182,9 @@ class Attempt:
             )
         except PdserveError as error:
             logger.warning("attempt %s: %s", self._submit.seq.hex(), error)
+            if isinstance(error, DeadlineExceeded) and time.monotonic() < self._submit.deadline:
+                # The read's bound passed, not the request's: there is time to try elsewhere.
+                error = TransferError(str(error))
             self._perform(self._machine.read_failed(effect.offers, error))
         else:
             self._record.read(effect.offers, report, reader.transport.value)
