@@ -35,7 +35,7 @@ def serve_some(made: RouterMetrics) -> None:
         kv_bytes_transferred=1000,
         kv_transport="tcp",
         preemptions=1,
-        resumes=1,
+        resumes=20,
     )
     for usage in (moved, Usage(9, 3, kv_skipped_reason="no_prefill_worker")):
         timer = made.request_started()
