@@ -101,11 +101,13 @@ Effect = SendStarted | SendOffers | SendFinished | Post | Close
 class PrefillHandOff:
     """State of one attempt; owned by the service's task for it."""
 
-    def __init__(self, seq: api.SeqId, prompt_blocks: int) -> None:
+    def __init__(self, seq: api.SeqId, prompt_blocks: int, moves: bool = True) -> None:
+        """``moves`` False: the first token ends the request whatever it is, so nothing is offered."""
         self.seq = seq
         self.state = State.QUEUED
         self.chunks: list[ChunkTiming] = []
         self._prompt_blocks = prompt_blocks
+        self._moves = moves
         self._granted: frozenset[int] = frozenset()
         self._final: dict[int, api.BlockId] = {}  # not offered yet
 
@@ -165,7 +167,7 @@ class PrefillHandOff:
 
     def _offers(self) -> list[Effect]:
         granted = self.state in (State.COMPUTING_GRANTED, State.COMPUTED_GRANTED)
-        if not granted or not self._final:
+        if not granted or not self._final or not self._moves:
             return []
         wanted = tuple(
             (position, block)

@@ -141,7 +141,8 @@ class _Attempt:
         self.inbox: _Inbox = asyncio.Queue()
         self._service = service
         blocks = -(-len(submit.tokens.token_ids) // service._facts().model.block_size)
-        self._machine = PrefillHandOff(submit.seq, blocks)
+        moves = submit.sampling.max_tokens - submit.tokens.generated > 1
+        self._machine = PrefillHandOff(submit.seq, blocks, moves)
         self._keys = submit.tokens.block_keys
         self._heard = time.monotonic()
 

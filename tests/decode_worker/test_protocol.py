@@ -320,3 +320,12 @@ def test_only_granted_blocks_are_offered_and_each_once() -> None:
     assert offers == [prefill.SendOffers(((1, api.BlockId(5)),))]
     later = machine.blocks(api.BlocksReady(SEQ, 2, (api.BlockId(6),), None))
     assert later == [prefill.SendOffers(((2, api.BlockId(6)),))]
+
+
+def test_a_request_of_one_token_is_offered_nothing() -> None:
+    machine = prefill.PrefillHandOff(SEQ, 1, moves=False)
+    machine.admitted()
+    assert machine.grant([0]) == []
+    assert machine.blocks(api.BlocksReady(SEQ, 0, (api.BlockId(4),), None)) == []
+    tokens = api.Tokens(SEQ, 0, (TokenOut(7),), FinishReason.LENGTH)
+    assert machine.computed(tokens) == [prefill.SendFinished(tokens)]
