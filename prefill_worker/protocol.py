@@ -102,7 +102,7 @@ class PrefillHandOff:
     """State of one attempt; owned by the service's task for it."""
 
     def __init__(self, seq: api.SeqId, prompt_blocks: int, moves: bool = True) -> None:
-        """``moves`` False: the first token ends the request whatever it is, so nothing is offered."""
+        """``moves`` False: the first token ends the request anyhow, so nothing is offered."""
         self.seq = seq
         self.state = State.QUEUED
         self.chunks: list[ChunkTiming] = []

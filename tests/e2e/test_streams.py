@@ -160,6 +160,18 @@ def test_every_block_is_free_or_cached_after_a_mix(clusters: Clusters) -> None:
     cluster.check_idle()
 
 
+def test_preempted_streams_are_the_oracles(clusters: Clusters) -> None:
+    """Together they outgrow the pool while they write: some have to step back and start over."""
+    cluster = clusters.get(Variant("llama", "tcp", "tight"))
+    oracle = clusters.oracle("llama")
+    prompts = [fresh(f"crowd-{i}", 2 * BLOCK + i) for i in range(6)]
+    answers = cluster.caller.ask_all(prompts, 8 * BLOCK)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer.tokens == oracle.greedy(prompt, 8 * BLOCK).tokens
+    assert sum(answer.usage.preemptions for answer in answers) > 0
+    cluster.check_idle()
+
+
 def test_logprobs_are_the_oracles(clusters: Clusters) -> None:
     caller: Caller = clusters.get(ROOMY).caller
     prompt = fresh("logprobs", CHUNK + 9)
