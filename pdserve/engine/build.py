@@ -7,6 +7,7 @@ measure memory -> load and trace the model -> choose the kernel -> probe
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from ctypes import CDLL
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from pdserve.engine.probe import probe
 from pdserve.engine.resolve import default_cache
 from pdserve.engine.runner import ModelRunner
 from pdserve.engine.sizing import PoolSize, SizingInputs, measure_memory, size_pool
-from pdserve.errors import ConfigError
+from pdserve.errors import ConfigError, PdserveError
 from pdserve.types import Incarnation, ModelFacts, Numerics
 
 
@@ -50,6 +51,7 @@ def build_engine(
     has_tiers: bool,
     sink: EventSink,
     workers_on_host: int,
+    on_broken: Callable[[PdserveError], None] | None = None,
 ) -> BuiltEngine:
     """``model_path``: a folder. ``pool_blocks`` and ``threads``: 0 finds them out.
 
@@ -92,6 +94,7 @@ def build_engine(
         hasher=hasher,
         has_tiers=has_tiers,
         sink=sink,
+        on_broken=on_broken,
         max_model_len=loaded.max_model_len,
     )
     notes = (

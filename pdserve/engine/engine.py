@@ -9,9 +9,10 @@ command or a deadline comes.
                    SERVING --bug---> BROKEN --stop--> STOPPED
 
 A step that raises costs the rows that raise by themselves, no more. An exception anywhere else is
-our own bug, after which nothing that the engine holds can be trusted: it becomes BROKEN, fails
-every sequence, answers each Submit with Failed, and computes no further step. Its snapshot then
-stands still and never says idle.
+our own bug, after which nothing that the engine holds can be trusted: it becomes BROKEN and says so
+to ``on_broken``, where a worker ends its process. Where there is none, it fails every sequence,
+answers each Submit with Failed, and computes no further step. Its snapshot then stands still and
+never says idle.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ class Engine:
 
     ``generations``: uint64 [num_blocks] of the pool, raised here. ``sink`` is called on the
     engine's thread and must not block. ``clock``: seconds, the one that deadlines go by.
+    ``on_broken`` is called on the engine's thread before anybody else hears of the failure.
     """
 
     def __init__(
@@ -78,11 +80,13 @@ class Engine:
         sink: EventSink,
         max_model_len: int,
         clock: Callable[[], float] = time.monotonic,
+        on_broken: Callable[[PdserveError], None] | None = None,
     ) -> None:
         self.limits = Limits.of(config, block_size, num_blocks, max_model_len)
         self._runner = runner
         self._sink = sink
         self._clock = clock
+        self._on_broken = on_broken
         self._scheduler = Scheduler(
             self.limits, generations, hasher, has_tiers, runner.open_sampler
         )
@@ -255,6 +259,8 @@ class Engine:
         failure = InternalError(f"the engine failed: {type(error).__name__}: {error}")
         failure.__cause__ = error
         self._failure = failure
+        if self._on_broken is not None:
+            self._on_broken(failure)
         with self._wake:
             if self._is_open():
                 self._state = EngineState.BROKEN

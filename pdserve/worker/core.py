@@ -19,6 +19,7 @@ import grpc
 
 from pdserve.engine import api
 from pdserve.engine.build import build_engine
+from pdserve.errors import PdserveError
 from pdserve.types import ID_BYTES, Incarnation, Load, Tier, WorkerFacts
 from pdserve.v1 import worker_pb2_grpc
 from pdserve.worker.boot import WorkerBoot
@@ -29,6 +30,7 @@ from pdserve.worker.shell import WorkerShell
 logger = logging.getLogger(__name__)
 
 IDLE_POLL_S = 0.05
+BROKEN_EXIT_CODE = 70
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,16 @@ class Ports:
     clear_tiers: Callable[[Sequence[Tier]], None]
     kv_events_address: str = ""
     kv_replay_address: str = ""
+
+
+def end_process(failure: PdserveError) -> None:
+    """A broken engine serves nobody again, and would look ready: its owner starts another worker.
+
+    At once, so that its requests are lost with it and go on elsewhere, instead of failing here.
+    """
+    logger.critical("the worker ends: %s", failure)
+    logging.shutdown()
+    os._exit(BROKEN_EXIT_CODE)
 
 
 class WorkerCore:
@@ -60,6 +72,7 @@ class WorkerCore:
             hasher=hasher,
             has_tiers=has_tiers,
             sink=self.bridge.sink,
+            on_broken=end_process,
             workers_on_host=boot.workers_on_host,
         )
         for note in self.built.notes:

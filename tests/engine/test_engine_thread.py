@@ -24,7 +24,7 @@ from pdserve.engine.api import (
 from pdserve.engine.engine import Engine
 from pdserve.engine.memory import allocate_shared
 from pdserve.engine.synthetic import SyntheticRunner, expected_tokens, synthetic_layout
-from pdserve.errors import DeadlineExceeded, Draining, InternalError
+from pdserve.errors import DeadlineExceeded, Draining, InternalError, PdserveError
 from pdserve.types import AttemptTokens, Incarnation, Sampling
 
 
@@ -34,6 +34,7 @@ class Listener:
     def __init__(self) -> None:
         self.events: list[Event] = []
         self.fail_on_tokens = False
+        self.broken_after: int | None = None  # endings that came before the engine broke
         self._changed = threading.Condition()
 
     def __call__(self, events: Sequence[Event]) -> None:
@@ -43,6 +44,9 @@ class Listener:
                 raise RuntimeError("the sink broke")
             self.events.extend(events)
             self._changed.notify_all()
+
+    def broke(self, _: PdserveError) -> None:
+        self.broken_after = sum(isinstance(event, Failed) for event in self.events)
 
     def wait_for(self, found: Callable[[list[Event]], bool], timeout: float = 10.0) -> None:
         with self._changed:
@@ -75,6 +79,7 @@ def engine(listener: Listener) -> Engine:
         has_tiers=False,
         sink=listener,
         max_model_len=100,
+        on_broken=listener.broke,
     )
 
 
@@ -175,6 +180,7 @@ def test_a_bug_of_our_own_is_not_hidden(engine: Engine, listener: Listener) -> N
     engine.post(submit(1, max_tokens=80))
     listener.wait_for(lambda _: listener.ended(submit(1).seq))
     assert isinstance(engine.failure, InternalError)
+    assert listener.broken_after == 0, "a worker must end before it answers anything"
     steps = engine.snapshot().steps
     engine.post(submit(2))
     listener.wait_for(lambda _: listener.ended(submit(2).seq))
