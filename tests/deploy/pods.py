@@ -4,10 +4,10 @@
         pod = site.pod("router", "name", ...)      network and mount namespace, user 10001
         pod.start("command", env) ... pod.end()
 
-Of a container it has: an address and port range of its own, a read-only root, a /tmp and /dev/shm of
-its own, no capability, no new privileges, a user that is not root. It has no image, no control group
-and no kubelet: commands, environment and files come from the rendered manifests, with the folders
-of the image replaced by ones of this machine.
+Of a container it has: an address and port range of its own, a read-only root, a /tmp and /dev/shm
+of its own, no capability, no new privileges, a user that is not root. It has no image, no control
+group and no kubelet: commands, environment and files come from the rendered manifests, with the
+folders of the image replaced by ones of this machine.
 """
 
 from __future__ import annotations
@@ -67,11 +67,9 @@ class Pod:
     def command(self, command: str, env: Mapping[str, str]) -> list[str]:
         """The whole command line that runs ``command`` (of sh) inside."""
         names = [f"{name}={value}" for name, value in sorted(env.items())]
-        inner = shlex.join(
-            ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups"]
-            + ["--no-new-privs", "--bounding-set=-all", "--inh-caps=-all"]
-            + ["env", "-i", *names, "/bin/sh", "-c", command]
-        )
+        words = f"setpriv --reuid={USER} --regid={USER} --clear-groups --no-new-privs"
+        words += " --bounding-set=-all --inh-caps=-all env -i"
+        inner = shlex.join([*words.split(), *names, "/bin/sh", "-c", command])
         hidden = _hidden_folder(Path(sys.base_prefix))
         script = [
             "set -e",
@@ -85,20 +83,8 @@ class Pod:
             f"cd {self.folder}",
             f"exec {inner}",
         ]
-        return [
-            "ip",
-            "netns",
-            "exec",
-            self.namespace,
-            "unshare",
-            "-m",
-            "--propagation",
-            "private",
-        ] + [
-            "/bin/sh",
-            "-c",
-            "\n".join(script),
-        ]
+        outer = f"ip netns exec {self.namespace} unshare -m --propagation private /bin/sh -c"
+        return [*outer.split(), "\n".join(script)]
 
     @property
     def log(self) -> Path:
@@ -120,11 +106,27 @@ class Pod:
             self.command(command, env), capture_output=True, text=True, timeout=timeout, check=False
         )
 
-    def pids(self) -> list[int]:
+    def pids(self, command: str = "") -> list[int]:
+        """Processes inside; if given, those whose program or first argument is so called."""
         done = subprocess.run(
-            ["ip", "netns", "pids", self.namespace], capture_output=True, text=True, timeout=10
+            ["ip", "netns", "pids", self.namespace],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
         )
-        return [int(pid) for pid in done.stdout.split()]
+        found = [int(pid) for pid in done.stdout.split()]
+        return [pid for pid in found if not command or _runs(pid, command)]
+
+    def kill(self, pid: int) -> None:
+        """SIGKILL to one process inside; pods share this machine's process ids."""
+        assert pid in self.pids(), "no process of this pod"
+        os.kill(pid, signal.SIGKILL)
+
+    def stop(self, number: signal.Signals) -> None:
+        """Signals ``pdserve up``, as the image's init would."""
+        (pid,) = self.pids("pdserve")
+        os.kill(pid, number)
 
     def end(self) -> None:
         """Kills everything inside, as the end of a container does."""
@@ -153,6 +155,14 @@ class Pod:
             (*_split(fields[3]), *_split(fields[4]))
             for fields in (line.split() for line in done.stdout.splitlines())
         ]
+
+
+def _runs(pid: int, command: str) -> bool:
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:2]
+    except FileNotFoundError:
+        return False
+    return any(word.endswith(b"/" + command.encode()) for word in words)
 
 
 def _split(text: str) -> tuple[str, int]:

@@ -140,7 +140,12 @@ class Release:
 
     def _env(self, component: str, container: Manifest | None = None) -> dict[str, str]:
         found = container or self.templates[component]["spec"]["containers"][0]
-        env = {"PATH": path_inside(), "PYTHONPATH": source_path(), "LANG": "C.UTF-8", "GRPC_DNS_RESOLVER": "native"}
+        env = {
+            "PATH": path_inside(),
+            "PYTHONPATH": source_path(),
+            "LANG": "C.UTF-8",
+            "GRPC_DNS_RESOLVER": "native",
+        }
         for entry in found.get("env", ()):
             env[entry["name"]] = self._value(entry)
         home = self.pod(component).folder / "home"
