@@ -33,6 +33,7 @@ SERVICE = "pdserve.v1.Inference"
 MAX_DEADLINE_S = 7 * 86400.0
 # The job itself ends at the deadline; a client that reads has got the reason by then.
 GRACE_S = 0.5
+MAX_METADATA_BYTES = 16 * 1024
 
 
 def _serialize(message: inference_pb2.GenerateResponse) -> bytes:
@@ -149,6 +150,9 @@ async def start_grpc(service: Service, keys: KeyRing, tls: Tls | None) -> GrpcFr
             ("grpc.max_receive_message_length", config.max_body_bytes),
             ("grpc.max_send_message_length", -1),
             ("grpc.so_reuseport", 0),
+            ("grpc.max_concurrent_streams", config.max_connections),
+            ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+            ("grpc.absolute_max_metadata_size", 2 * MAX_METADATA_BYTES),
             # Clients may ping idle connections; proxies between us drop silent ones.
             ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
             ("grpc.http2.max_ping_strikes", 0),

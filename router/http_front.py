@@ -5,6 +5,8 @@ Handlers are cancelled when their client goes away, which cancels the client's j
 
 from __future__ import annotations
 
+import asyncio
+
 from aiohttp import web
 
 from pdserve.errors import ConfigError
@@ -16,6 +18,7 @@ from router.service import Service
 
 # Request line and headers; bodies have a limit of their own.
 MAX_LINE_BYTES = 16 * 1024
+BACKLOG = 128
 
 
 def make_app(service: Service, keys: KeyRing) -> web.Application:
@@ -43,12 +46,22 @@ def make_app(service: Service, keys: KeyRing) -> web.Application:
 class HttpFront:
     """A listening server; ``address`` is host:port as it was bound."""
 
-    def __init__(self, runner: web.AppRunner, address: str) -> None:
+    def __init__(self, runner: web.AppRunner, server: asyncio.Server, address: str) -> None:
         self._runner = runner
+        self._server = server
         self.address = address
 
     async def close(self) -> None:
+        self._server.close()
         await self._runner.cleanup()
+
+
+class _NoRoom(asyncio.Protocol):
+    """A connection above the limit: closed before a byte of it is read."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        transport.abort()
 
 
 async def start_http(
@@ -66,16 +79,27 @@ async def start_http(
         max_field_size=MAX_LINE_BYTES,
     )
     await runner.setup()
-    site = web.TCPSite(
-        runner, config.host, config.http_port, ssl_context=None if tls is None else tls.http
-    )
+    handlers = runner.server
+    assert handlers is not None, "set up above"
+
+    def connected() -> asyncio.Protocol:
+        if len(handlers.connections) >= config.max_connections:
+            return _NoRoom()
+        return handlers()
+
     try:
-        await site.start()
+        server = await asyncio.get_running_loop().create_server(
+            connected,
+            config.host,
+            config.http_port,
+            ssl=None if tls is None else tls.http,
+            backlog=BACKLOG,
+        )
     except OSError as error:
         await runner.cleanup()
         raise ConfigError(
             f"cannot listen on {config.host}:{config.http_port}: in use, or not ours to bind "
             f"({error.strerror or error})"
         ) from error
-    host, port = runner.addresses[0][:2]
-    return HttpFront(runner, f"{host}:{port}")
+    host, port = server.sockets[0].getsockname()[:2]
+    return HttpFront(runner, server, f"{host}:{port}")

@@ -1,0 +1,106 @@
+"""Limits that belong to no field: connections, headers, bodies, metadata. See docs/security.md."""
+
+from __future__ import annotations
+
+import socket
+import time
+
+import grpc
+import pytest
+from fronts_world import running_world
+from http_talk import call, post
+
+from pdserve.config import RouterConfig
+from pdserve.v1 import inference_pb2 as pb
+from pdserve.v1 import inference_pb2_grpc as pb_grpc
+
+COMPLETE = "/v1/completions"
+ROOM = 5
+
+
+@pytest.fixture(scope="module")
+def narrow(model_folder):
+    with running_world(
+        model_folder, router=RouterConfig(max_connections=ROOM, max_body_bytes=4096)
+    ) as world:
+        world.says("the fox")
+        yield world
+
+
+def connect(world) -> socket.socket:
+    host, port = world.http.split(":")
+    return socket.create_connection((host, int(port)), 5)
+
+
+def is_closed(sock: socket.socket) -> bool:
+    sock.settimeout(0.3)
+    try:
+        return sock.recv(1) == b""
+    except TimeoutError:
+        return False
+    except ConnectionResetError:
+        return True
+
+
+def answers(world) -> bool:
+    try:
+        return call(world.http, "GET", "/health").status == 200
+    except OSError:
+        return False
+
+
+def test_a_connection_too_many_is_closed_and_room_comes_back(narrow) -> None:
+    held = [connect(narrow) for _ in range(ROOM)]
+    assert not any(is_closed(sock) for sock in held)
+    one_more = connect(narrow)
+    assert is_closed(one_more)
+    assert not answers(narrow)
+    # Those that are in go on as before.
+    held[0].sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+    held[0].settimeout(5)
+    assert held[0].recv(100).startswith(b"HTTP/1.1 200")
+    for sock in (*held, one_more):
+        sock.close()
+    end = time.monotonic() + 5
+    while not answers(narrow):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_headers_and_bodies_have_a_longest(narrow) -> None:
+    assert call(narrow.http, "GET", "/health", headers={"X-Long": "x" * 15_000}).status == 200
+    assert call(narrow.http, "GET", "/health", headers={"X-Long": "x" * 20_000}).status == 400
+    assert call(narrow.http, "GET", "/" + "x" * 20_000).status == 400
+    assert post(narrow.http, COMPLETE, {"prompt": "x", "user": "u" * 5000}).status == 413
+
+
+def test_grpc_has_a_longest_message_and_most_metadata(narrow) -> None:
+    request = pb.GenerateRequest(text="x", sampling=pb.SamplingParams(max_tokens=1))
+    with grpc.insecure_channel(narrow.grpc) as channel:
+        stub = pb_grpc.InferenceStub(channel)
+        assert list(stub.Generate(request, timeout=10, metadata=(("x-some", "x" * 8_000),)))
+        with pytest.raises(grpc.RpcError) as caught:
+            list(stub.Generate(request, timeout=10, metadata=(("x-much", "x" * 100_000),)))
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        with pytest.raises(grpc.RpcError) as caught:
+            list(stub.Generate(pb.GenerateRequest(text="x" * 5000), timeout=10))
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert list(stub.Generate(request, timeout=10))
+
+
+def test_streams_above_the_limit_of_a_connection_wait_for_room(narrow) -> None:
+    narrow.dispatcher.pause_s = 0.2
+    request = pb.GenerateRequest(text="x", sampling=pb.SamplingParams(max_tokens=2))
+    most = 0
+    try:
+        with grpc.insecure_channel(narrow.grpc) as channel:
+            stub = pb_grpc.InferenceStub(channel)
+            calls = [stub.Generate(request, timeout=20) for _ in range(3 * ROOM)]
+            end = time.monotonic() + 1.0
+            while time.monotonic() < end:
+                most = max(most, narrow.dispatcher.open)
+                time.sleep(0.01)
+            assert all(list(one) for one in calls)
+    finally:
+        narrow.dispatcher.pause_s = 0.0
+    assert 0 < most <= ROOM
