@@ -41,6 +41,8 @@ STREAMS = 1000 if IS_LONG else 200
 OVERLOAD_S = 180.0 if IS_LONG else 20.0
 PEAK_S = 20.0 if IS_LONG else 8.0
 PLACES = 16
+# Long enough that asking costs little beside answering: both share the cores.
+LENGTH = 256
 NARROW = Variant("llama", "shm", "roomy", settings=(*TIMERS, f"router.max_requests={PLACES}"))
 # What the router may grow by while its clients do not read, or are refused.
 GROWTH_BYTES = 48 * 2**20
@@ -150,7 +152,7 @@ class Tally:
     async def one(self, client: AsyncClient, prompt: tuple[int, ...]) -> None:
         began = time.monotonic()
         try:
-            await client.generate(prompt, max_tokens=128, temperature=0.0, ignore_eos=True)
+            await client.generate(prompt, max_tokens=LENGTH, temperature=0.0, ignore_eos=True)
             self.ends["answered"] += 1
             self.answered.append(time.monotonic())
         except Overloaded as error:

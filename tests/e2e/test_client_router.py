@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from pdserve.client import AsyncClient, Chunk, Client
+from pdserve.faults import Action, Step
 from tests.e2e.clients import CLIENTS, Phase, all_given_back, fresh, hold
 from tests.e2e.clusters import Clusters, Running
 
@@ -160,4 +161,17 @@ def test_ready_means_that_a_request_succeeds(cluster: Running) -> None:
         answer = client.generate(prompt, max_tokens=6, temperature=0.0)
     assert answer.token_ids == expected
     cluster.wait_whole()
+    cluster.check_idle()
+
+
+def test_a_worker_whose_engine_broke_ends_and_its_requests_go_on(cluster: Running) -> None:
+    """It is the only one that decodes: they wait for the process that comes after it."""
+    prompts = [fresh(f"broken-{i}", 40) for i in range(4)]
+    calm = cluster.caller.ask_all(prompts, 20)
+    victim = cluster.arm("decode", Step.ENGINE_STEP, Action.RAISE, 12)
+    stormy = cluster.caller.ask_all(prompts, 20)
+    assert [answer.tokens for answer in stormy] == [answer.tokens for answer in calm]
+    assert victim.incarnation not in {facts.incarnation for facts in cluster.cluster.workers()}
+    cluster.wait_whole()
+    cluster.wait(lambda: status_of(cluster, "/ready") == 200)
     cluster.check_idle()
