@@ -1,6 +1,7 @@
 # make up                    set up on first use, then serve on this machine until Ctrl-C
 # make up ARGS='--prefill 2 --decode 2 --numerics exact'
 # make test                  set up on first use, then run every test
+# make deploy-check          render, validate and run what deploy/ describes
 #
 # Needs Python 3.11 or later with venv and pip, and make. A C++ compiler makes it faster.
 
@@ -25,7 +26,7 @@ OURS := pdserve kv_transfer cache_tiers prefill_worker decode_worker router test
 .PHONY: help setup up test soak check proto docs clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST)) | head -5
+	@sed -n 's/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST)) | head -6
 
 setup: $(STAMP)
 
@@ -66,6 +67,15 @@ proto: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python -m pdserve.config_docs > docs/configuration.md
+	PYTHONPATH=. $(BIN)/python deploy/helm/make_schema.py
+
+# Says what it skips: Prometheus and isolated hosts need root, which installs the former.
+deploy-check: $(STAMP)
+	$(BIN)/python -m pip install --quiet kubernetes-validate
+	@command -v promtool >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
+		&& apt-get update -qq && apt-get install -qq --yes --no-install-recommends prometheus; } \
+		|| echo "no Prometheus here: its checks are skipped"
+	$(BIN)/python -m pytest tests/deploy -m "deploy or not deploy" $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache

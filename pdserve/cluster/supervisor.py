@@ -216,7 +216,15 @@ class Cluster:
 
         assert self._ray is not None
         if config.pools.ray_address != LOCAL:
-            ray_node.check_resources(counts(config))
+            from pdserve.cluster.slots import await_slots  # noqa: PLC0415
+
+            self._ray = await_slots(
+                self._ray,
+                counts(config),
+                config.pools.gpus_per_worker,
+                config.timers.start_timeout_s,
+                progress.note,
+            )
         plans = plan_pools(config, self._ray.gpus, self._ray.nodes)
         progress.begin("workers", f"starting {len(plans)} worker{'s' * (len(plans) > 1)}")
         self._pools = Pools(self._pool_spec(prepared, secret), plans)

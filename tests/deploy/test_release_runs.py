@@ -39,11 +39,12 @@ def release() -> Iterator[Release]:
             made.start(component)
         made.start("head")
         made.probe_ray("head")
+        # Pods start in any order: the router waits for its workers' hosts.
+        made.start("router")
         for component in ("prefill", "decode"):
             made.start(component)
         for component in ("prefill", "decode"):
             made.probe_ray(component)
-        made.start("router")
         yield made
 
 
