@@ -13,12 +13,14 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pdserve.cluster.membership import Seen
 from pdserve.config import TimersConfig
 from pdserve.errors import PdserveError
 from pdserve.types import WorkerId
+
+if TYPE_CHECKING:
+    from pdserve.cluster.membership import Seen
 
 logger = logging.getLogger(__name__)
 

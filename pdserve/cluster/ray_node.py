@@ -207,8 +207,11 @@ def _access() -> dict[str, str]:
     machine reaches that. Ray decides when it is imported; imported before, it cannot be told.
     """
     if "ray" in sys.modules:
+        if "RAY_AUTH_MODE" in os.environ:
+            return {}  # as whoever imported it has decided
         logger.warning("Ray was imported before its start: it runs without an access token")
-        return {}
+        # Said aloud, since a token in the user's home would make its processes demand that.
+        return {"RAY_AUTH_MODE": "disabled"}
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 

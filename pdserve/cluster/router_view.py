@@ -59,7 +59,7 @@ def get(access: Access, path: str, timeout_s: float = 5.0) -> tuple[int, bytes]:
     if access.api_key:
         request.add_header("authorization", f"Bearer {access.api_key}")
     opener = urllib.request.build_opener(
-        urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=_context(access))
+        urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=tls_context(access))
     )
     try:
         with opener.open(request, timeout=timeout_s) as answer:
@@ -76,7 +76,7 @@ def certificate_name(access: Access) -> str:
 
     gRPC compares names even where the certificate itself is what is trusted.
     """
-    context = _context(access)
+    context = tls_context(access)
     if context is None:
         return ""
     parts = urlsplit(access.url)
@@ -94,7 +94,7 @@ def certificate_name(access: Access) -> str:
     return (names or subject or [""])[0].removeprefix("*.")
 
 
-def _context(access: Access) -> ssl.SSLContext | None:
+def tls_context(access: Access) -> ssl.SSLContext | None:
     """Trusts the one certificate that we serve with, under whatever name it has."""
     if not access.certificate:
         return None

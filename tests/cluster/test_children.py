@@ -50,7 +50,7 @@ def test_redis_serves_on_a_socket_alone_keeps_nothing_and_ends(tmp_path: Path) -
             for i in range(64):  # twice its memory: old entries go, writes do not fail
                 client.set(f"k{i}", bytes(2**17))
             assert client.get("k63") == bytes(2**17)
-            assert client.get("k0") is None
+            assert client.dbsize() < 64 // 2
         assert orphans.mark_of(server.pid) == f"{tmp_path}:run"
     finally:
         pid = server.pid

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import threading
 import time
@@ -93,6 +94,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ray_node.RayNode]
     node.stop()
     orphans.sweep(state, grace_s=5)
     assert orphans.find_marked(state) == ()
+    shutil.rmtree(short)
 
 
 class Stand:
@@ -280,3 +282,29 @@ def test_a_ray_that_is_not_there_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"127\.0\.0\.1:1'.*Connection refused"):
         ray_node.start_ray("127.0.0.1:1", tmp_path, "x:y", 1)
     assert time.monotonic() - begin < 5
+
+
+def test_a_ray_that_was_imported_before_still_starts(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("ab" * 32)  # of another Ray of the user
+    short = Path(f"/tmp/pds-test-early-{os.getpid()}")
+    code = (
+        "import sys, ray; from pathlib import Path\n"
+        "from pdserve.cluster.ray_node import start_ray\n"
+        "node = start_ray('local', Path(sys.argv[1]), sys.argv[2], 1); node.stop()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(short), orphans.mark_value(tmp_path, "r")],
+        env={**os.environ, "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    shutil.rmtree(short)
+    assert done.returncode == 0, done.stderr
+    assert "without an access token" in done.stderr
+    assert orphans.find_marked(tmp_path) == ()
