@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -17,16 +18,18 @@ from pathlib import Path
 from pdserve.cluster.ray_node import LOCAL, start_ray
 from tests.e2e.clusters import Clusters, Variant
 from tests.soak.cases import make_cases
+from tests.soak.phases import Result
 from tests.soak.report import Run, counters, failures, row, write
 from tests.soak.session import begin
 
 CASES = 200
 STREAMS = 64
 PHASES = ("steady", "kills", "hangs", "aborts", "rolling")
-# The default timers but for the heartbeat; a worker that hangs for 12 s is fenced, and wakes.
-SETTINGS = ("timers.heartbeat_s=0.5", "router.policy=round_robin")
+# Silent for 2 s is suspect: with the 8 s that streams may pause, a hang of 12 s that nobody notices
+# breaks the bound. Suspect workers are killed after 30 s, so that one that hangs so long wakes.
+SETTINGS = ("timers.heartbeat_s=0.5", "timers.dead_after_s=2", "router.policy=round_robin")
 VARIANT = Variant("llama", "shm", "roomy", prefill=2, decode=2, settings=SETTINGS)
-DESCRIBED = "2 prefill, 2 decode, tiny Llama (float64, random weights), {}, Redis, default timers"
+DESCRIBED = "2 prefill, 2 decode, tiny Llama (float64, random weights), {}, Redis, silent for 2 s is suspect"
 
 
 def main() -> int:
@@ -38,6 +41,8 @@ def main() -> int:
     parser.add_argument("--report", type=Path, default=Path("docs/reliability"))
     parser.add_argument("--name", default="soak")
     asked = parser.parse_args()
+    # Whoever ends us ends the cluster as well.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     short = Path(tempfile.mkdtemp(prefix="pds-s"))
     node = start_ray(LOCAL, short / "ray", f"soak:{secrets.token_hex(8)}", threads=2)
     clusters = Clusters(short, node)
@@ -67,17 +72,22 @@ async def soak(clusters: Clusters, asked: argparse.Namespace) -> int:
         for name in asked.phases.split(","):
             result = await steps[name]()
             print(row(result), counters(result), *failures([result]), sep="\n", flush=True)
-    run = Run(
+            # After each phase: one that is cut short leaves what was found until then.
+            path = write(_run(asked, ready.results, confirmed), asked.report, asked.name)
+    print(f"report: {path}")
+    return int(any(result.broken for result in ready.results))
+
+
+def _run(asked: argparse.Namespace, results: list[Result], confirmed: int) -> Run:
+    return Run(
         command=f"python -m tests.soak {' '.join(sys.argv[1:])}",
         seed=asked.seed,
-        scale=scale,
+        scale=asked.scale,
         cluster=DESCRIBED.format(asked.transport),
         cases=CASES,
         confirmed=confirmed,
-        results=ready.results,
+        results=results,
     )
-    print(f"report: {write(run, asked.report, asked.name)}")
-    return int(any(result.broken for result in ready.results))
 
 
 if __name__ == "__main__":

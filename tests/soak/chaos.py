@@ -109,8 +109,11 @@ class Chaos:
         return all(ready.count(role) >= 2 for role in ROLES)
 
     def _empty(self, worker: WorkerFacts) -> bool:
-        view = next(w for w in self.running.workers() if w["id"] == worker.id)
-        return bool(view["state"] == "draining" and view["running"] + view["waiting"] == 0)
+        return any(
+            view["state"] == "draining" and view["running"] + view["waiting"] == 0
+            for view in self.running.workers()
+            if view["id"] == worker.id
+        )
 
     async def _replaced(self, worker: WorkerFacts) -> None:
         def gone() -> bool:
