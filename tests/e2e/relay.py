@@ -87,6 +87,9 @@ class Relay:
             near.close()
             return
         far = socket.create_connection((host, int(port)))
+        for sock in (near, far):
+            # Each small piece would wait for the one before to be acknowledged.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         with self._lock:
             self._open |= {near, far}
         down = _Down(self, near)
