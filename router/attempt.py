@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-from pdserve.types import ID_BYTES, AttemptId
+from pdserve.types import ID_BYTES, AttemptId, WorkerFacts
 from router.placement import Placement
 from router.registry import Registry
 
@@ -30,6 +30,12 @@ class Attempt:
         if placement.prefill is not None:
             registry.attempt_started(placement.prefill.facts.incarnation)
         registry.reading_started(placement.reader.facts.incarnation, placement.uncached)
+
+    @property
+    def awaited(self) -> WorkerFacts | None:
+        """The prefill worker, for as long as it reads the prompt."""
+        peer = self.placement.prefill
+        return peer.facts if self._reading and peer is not None else None
 
     def first_token(self) -> None:
         if not self._reading:

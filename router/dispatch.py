@@ -24,17 +24,18 @@ from pdserve.errors import (
     NoWorker,
     Overloaded,
     PdserveError,
+    WorkerLost,
 )
 from pdserve.rpc import convert
 from pdserve.rpc.deadlines import remaining_ms
-from pdserve.types import FinishReason, ModelFacts, WorkerId
+from pdserve.types import FinishReason, ModelFacts, WorkerId, WorkerState
 from pdserve.v1 import worker_pb2
 from router.api import Delta, Job, WorkerView
 from router.attempt import Attempt
 from router.book import RequestBook
 from router.budget import RecoveryBudget
 from router.counters import Counters
-from router.inbox import POKE, Ended, Poke
+from router.inbox import POKE, AttemptLost, Ended, Poke
 from router.kv_view import KvView
 from router.links import Links
 from router.placement import Ask, Placement, Rules, hope, place
@@ -48,6 +49,7 @@ log = logging.getLogger(__name__)
 
 # Failures that say nothing about whether the next request succeeds.
 _NO_DOUBT = (Cancelled, DeadlineExceeded, Draining, InvalidRequest, Overloaded)
+_LOST = (WorkerState.SUSPECT, WorkerState.DEAD)
 
 
 class RequestDispatcher:
@@ -78,6 +80,7 @@ class RequestDispatcher:
         # Set when a request failed in a way that readiness should be tested again for.
         self.doubted = asyncio.Event()
         self._doubt = False
+        registry.listen(self._leave_lost_readers)
 
     # ---- the fronts' side -----------------------------------------------------------------------
 
@@ -295,6 +298,20 @@ class RequestDispatcher:
         elif placement.skip is not None:
             message.skip_reason = placement.skip.value
         return message
+
+    def _leave_lost_readers(self) -> None:
+        """Whoever waits for a prefill worker that fell silent goes elsewhere at once.
+
+        A stopped process closes no connection, so its decode worker would wait on.
+        """
+        for request in self._book.running():
+            attempt = request.attempt
+            awaited = None if attempt is None else attempt.awaited
+            if attempt is None or awaited is None:
+                continue
+            if self._registry.state(awaited) in _LOST:
+                error = WorkerLost(f"prefill worker {awaited.id} fell silent")
+                request.inbox.put(AttemptLost(attempt.id, error, blame_prefill=True))
 
     def _drop_attempt(self, request: RequestLog) -> None:
         """Cancels what still runs on a worker and relieves the registry of it."""

@@ -20,10 +20,11 @@ UNREAD_EVENTS = 256
 
 @dataclass(frozen=True, slots=True)
 class AttemptLost:
-    """The worker of this attempt cannot be heard any more."""
+    """A worker of this attempt cannot be heard any more: its prefill worker, or the other one."""
 
     attempt: AttemptId
     error: PdserveError
+    blame_prefill: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,7 +54,8 @@ def relay(request: RequestLog, items: Sequence[Item], counters: Counters) -> Rel
         elif isinstance(item, Ended):
             raise item.error
         elif isinstance(item, AttemptLost) and item.attempt == attempt.id:
-            return Relayed(accepted, failure=_failure(request, attempt, item.error))
+            lost = _failure(request, attempt, item.error, blame_prefill=item.blame_prefill)
+            return Relayed(accepted, failure=lost)
         elif isinstance(item, Parked) and item.attempt == attempt.id:
             return Relayed(accepted, parked=True)
     return Relayed(accepted)

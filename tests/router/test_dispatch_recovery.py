@@ -172,6 +172,26 @@ def test_a_prefill_worker_that_fails_twice_is_given_up_unless_strict(strict: boo
     drive(story)
 
 
+def test_a_request_leaves_a_prefill_worker_that_fell_silent() -> None:
+    """Its decode worker may never hear of it: a stopped process closes no connection."""
+
+    async def story() -> None:
+        worker = ScriptedWorker("d0", scripts=[[Hang()]])
+        first = prefill("p0")
+        config = settings(skip_handoff_tokens=0, policy="least_loaded")
+        async with cluster(worker, first, prefill("p1"), config=config) as made:
+            made.dispatcher._turn = 1  # so that the request's prefill worker is p0
+            asked = asyncio.create_task(collect(made, job(prompt=PROMPT)))
+            await until(lambda: len(worker.starts) == 1)
+            await first.kill()
+            deltas = await asyncio.wait_for(asked, 5)
+            assert tokens(deltas) == answer(PROMPT, 8)
+            assert deltas[-1].usage.resumes == 1
+            assert [start.prefill.worker_id for start in worker.starts] == ["p0", "p1"]
+
+    drive(story)
+
+
 def test_a_running_request_waits_for_the_only_worker_to_be_started_again() -> None:
     async def story() -> None:
         config = settings(pools=PoolsConfig(restart_workers=True))
