@@ -29,7 +29,10 @@ PHASES = ("steady", "kills", "hangs", "aborts", "rolling")
 # breaks the bound. Suspect workers are killed after 30 s, so that one that hangs so long wakes.
 SETTINGS = ("timers.heartbeat_s=0.5", "timers.dead_after_s=2", "router.policy=round_robin")
 VARIANT = Variant("llama", "shm", "roomy", prefill=2, decode=2, settings=SETTINGS)
-DESCRIBED = "2 prefill, 2 decode, tiny Llama (float64, random weights), {}, Redis, silent for 2 s is suspect"
+DESCRIBED = (
+    "2 prefill, 2 decode, tiny Llama (float64, random weights), {}, Redis, "
+    "silent for 2 s is suspect"
+)
 
 
 def main() -> int:
