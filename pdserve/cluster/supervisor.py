@@ -16,12 +16,13 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING
 
 from pdserve.cluster import orphans, ray_node, router_view
+from pdserve.cluster.background import Background
 from pdserve.cluster.child import tail_of
 from pdserve.cluster.ports import check_free
 from pdserve.cluster.progress import Progress, Silent
@@ -43,35 +44,7 @@ if TYPE_CHECKING:
     from pdserve.cluster.membership import Membership, Seen
     from pdserve.cluster.pools import Pools, PoolSpec
 
-T = TypeVar("T")
-
 _WORKER_STOP_S = 10.0
-
-
-class Background(Generic[T]):
-    """A call on a thread of its own; a main thread that waits for it can be interrupted."""
-
-    def __init__(self, name: str, call: Callable[[], T]) -> None:
-        self._call = call
-        self._done = threading.Event()
-        self._result: T | None = None
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self._result = self._call()
-        except BaseException as error:  # handed to whoever asks for the result
-            self._error = error
-        self._done.set()
-
-    def result(self) -> T:
-        """Waits, and returns or raises what the call did."""
-        self._done.wait()
-        if self._error is not None:
-            raise self._error
-        return self._result  # type: ignore[return-value]
 
 
 @dataclass(frozen=True, slots=True)
