@@ -58,7 +58,7 @@ check: $(STAMP)
 	$(BIN)/ruff format --check $(OURS)
 	$(BIN)/ruff check $(OURS)
 	$(BIN)/mypy
-	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive $(filter-out tests,$(OURS)) bench
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive $(filter-out tests,$(OURS))
 	$(BIN)/python tests/audit_packages.py
 
 proto: $(STAMP)

@@ -32,6 +32,7 @@ _SHORT_NAME = re.compile(r"pds-[0-9a-f]{12}")
 # sun_path holds 107 bytes, and Ray appends some 75 of its own.
 _LONGEST_TMP = 16
 HASH_KEY_BYTES = 32
+MIN_TOKEN_CHARS = 16
 _FREE_BYTES_MIN = 200 * 2**20
 
 
@@ -202,6 +203,8 @@ def cluster_token(config: Config) -> str:
     token = _read_secret(Path(config.security.cluster_token_file), key).strip()
     if not token:
         raise ConfigError(f"{key} = {config.security.cluster_token_file!r}: the file is empty")
+    if len(token) < MIN_TOKEN_CHARS:
+        raise ConfigError(f"{key}: a token of fewer than {MIN_TOKEN_CHARS} characters is a guess")
     return token
 
 

@@ -217,6 +217,8 @@ def test_secrets_from_files(config: Config, tmp_path: Path) -> None:
         run_dir.hash_key(with_files(hash_key_file=str(tmp_path / "absent")), tmp_path)
     with pytest.raises(ConfigError, match="empty"):
         run_dir.cluster_token(with_files(cluster_token_file=str(empty)))
+    with pytest.raises(ConfigError, match="fewer than 16"):
+        run_dir.cluster_token(with_files(cluster_token_file=str(short)))
 
 
 def test_a_port_in_use_names_its_owner() -> None:
