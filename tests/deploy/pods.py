@@ -152,7 +152,7 @@ class Pod:
             check=True,
         )
         return [
-            (*_split(fields[3]), *_split(fields[4]))
+            (*_split(fields[-2]), *_split(fields[-1]))
             for fields in (line.split() for line in done.stdout.splitlines())
         ]
 
