@@ -1,6 +1,7 @@
 """The chart's own commands on seven hosts: non-root, read-only root, an address of its own each.
 
-One release is started once, asked, looked at, loses its head, and is stopped, in that order.
+One release is started once, asked, looked at, loses a worker, then its head, and is stopped, in that
+order.
 """
 
 import json
@@ -149,6 +150,22 @@ def test_what_the_policies_refuse_is_noticed() -> None:
     assert not allows(made, "router", "head", 22)
 
 
+def test_a_worker_that_dies_is_back_and_answers(release: Release) -> None:
+    before = json.loads(get(release, "/workers")[1])["workers"]
+    decode = next(worker for worker in before if worker["role"] == "decode")
+    release.pod("decode").kill(decode["pid"])
+    limit = time.monotonic() + 60
+    while True:
+        now = json.loads(get(release, "/workers")[1])["workers"]
+        fresh = [w for w in now if w["id"] == decode["id"] and w["state"] == "ready"]
+        if fresh and fresh[0]["incarnation"] != decode["incarnation"]:
+            break
+        log = release.pod("router").log.read_text(errors="replace")
+        assert time.monotonic() < limit, f"{now}\n{log[-2000:]}"
+        time.sleep(0.5)
+    assert release.ask().returncode == 0
+
+
 def test_streams_go_on_while_the_head_is_away_and_it_comes_back(release: Release) -> None:
     script = (
         f"curl -sN -m 60 http://{NAME}-router:8000/v1/completions -H 'content-type: "
@@ -168,22 +185,6 @@ def test_streams_go_on_while_the_head_is_away_and_it_comes_back(release: Release
     release.start("head")
     release.probe_ray("head")
     assert get(release, "/ready")[0] == 200
-    assert release.ask().returncode == 0
-
-
-def test_a_worker_that_dies_is_back_by_the_new_head(release: Release) -> None:
-    before = json.loads(get(release, "/workers")[1])["workers"]
-    decode = next(worker for worker in before if worker["role"] == "decode")
-    release.pod("decode").kill(decode["pid"])
-    limit = time.monotonic() + 60
-    while True:
-        now = json.loads(get(release, "/workers")[1])["workers"]
-        fresh = [w for w in now if w["id"] == decode["id"] and w["state"] == "ready"]
-        if fresh and fresh[0]["incarnation"] != decode["incarnation"]:
-            break
-        log = release.pod("router").log.read_text(errors="replace")
-        assert time.monotonic() < limit, f"{now}\n{log[-2000:]}"
-        time.sleep(0.5)
     assert release.ask().returncode == 0
 
 
