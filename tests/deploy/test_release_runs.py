@@ -1,7 +1,7 @@
 """The chart's own commands on seven hosts: non-root, read-only root, an address of its own each.
 
-One release is started once, asked, looked at, loses a worker, then its head, and is stopped, in that
-order.
+One release is started once, asked, looked at, loses a worker and then its head, and is stopped, in
+that order.
 """
 
 import json
