@@ -15,6 +15,7 @@ _COMMANDS = {
     "up": "start a cluster on this machine and serve until Ctrl-C",
     "status": "show the workers of a running cluster",
     "generate": "send one prompt and print the answer as it comes",
+    "bench": "offer load to a server and measure how it is answered",
     "doctor": "check whether this machine can run a cluster",
 }
 
@@ -88,13 +89,51 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--usage", action="store_true", help="say how the answer was made")
 
 
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    _add_reach(parser)
+    parser.add_argument("--url", help="of any OpenAI-compatible server; default: the cluster's")
+    parser.add_argument("--model", metavar="NAME", help="default: the first that is served")
+    parser.add_argument("--plain", action="store_true", help="send only OpenAI's own fields")
+    parser.add_argument("--out", metavar="FILE", help="the result, as JSON; default: a dated name")
+    work = parser.add_argument_group("what is asked")
+    work.add_argument("--rate", type=float, metavar="PER_S", help="Poisson arrivals; inf: at once")
+    work.add_argument(
+        "--trace",
+        metavar="FILE",
+        help="Mooncake JSONL or Azure CSV; sample:mooncake and sample:azure are at hand",
+    )
+    work.add_argument("--scale", type=float, default=1.0, help="of the trace's lengths, up to 1")
+    work.add_argument("--speed", type=float, default=1.0, help="of the trace's clock")
+    work.add_argument("--requests", type=int, metavar="N", help="default: 64, or the whole trace")
+    work.add_argument("--input-tokens", type=int, default=256, metavar="N")
+    work.add_argument("--output-tokens", type=int, default=64, metavar="N")
+    work.add_argument("--prompt-ids", default="1000:30000", metavar="LOW:HIGH", help="token ids")
+    work.add_argument("--seed", type=int, default=0)
+    how = parser.add_argument_group("how it is measured")
+    how.add_argument("--concurrency", type=int, metavar="N", help="most requests in flight")
+    how.add_argument("--repeats", type=int, default=1, metavar="N", help="runs; intervals need 2")
+    how.add_argument("--warmup", type=int, default=1, metavar="N", help="requests not measured")
+    how.add_argument("--slo-ttft-ms", type=float, metavar="MS", help="for goodput: first token")
+    how.add_argument(
+        "--slo-itl-ms", type=float, metavar="MS", help="for goodput: an answer's mean per token"
+    )
+    how.add_argument(
+        "--timeout", type=float, default=600.0, metavar="S", dest="timeout_s", help="of a request"
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pdserve", description="Serves a language model from prefill and decode workers."
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    adders = {"up": _add_up, "status": _add_status, "generate": _add_generate}
+    adders = {
+        "up": _add_up,
+        "status": _add_status,
+        "generate": _add_generate,
+        "bench": _add_bench,
+    }
     for name, text in _COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text.capitalize() + ".")
         adders.get(name, _add_config)(command)
