@@ -230,7 +230,7 @@ class Attempt:
             return  # cancelled before the call was opened
         if isinstance(effect, protocol.SendGrant):
             board.hit(Step.DECODE_GRANT)
-            self._peer.grant(effect.block_indices, "")
+            self._peer.grant(effect.block_indices)
         elif isinstance(effect, protocol.SendDone):
             self._peer.done()
         elif effect.suspect:

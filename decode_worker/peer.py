@@ -33,8 +33,8 @@ class PrefillPeer:
         self._outbox.put_nowait(kv_pb2.DecodeToPrefill(start=start))
         self._call = stub.Run(self._requests())
 
-    def grant(self, block_indices: tuple[int, ...], transport: str) -> None:
-        grant = kv_pb2.Grant(block_indices=block_indices, transport=transport)
+    def grant(self, block_indices: tuple[int, ...]) -> None:
+        grant = kv_pb2.Grant(block_indices=block_indices)
         self._outbox.put_nowait(kv_pb2.DecodeToPrefill(grant=grant))
 
     def done(self) -> None:

@@ -288,7 +288,6 @@ class RequestDispatcher:
             remaining_ms=remaining_ms(request.job.deadline),
             expected_incarnation=placement.decode.facts.incarnation,
             priority=request.job.priority,
-            strict=self._rules.strict,
         )
         if placement.prefill is not None:
             peer = placement.prefill.facts

@@ -120,8 +120,8 @@ def choose_kernel(config: Config, loaded: LoadedModel) -> tuple[CDLL | None, str
         reason = f"there is no native kernel for {loaded.dtype} on {loaded.device}"
     else:
         loading = load_native(_kernel_cache(config))
-        if loading.library is not None:
-            return loading.library, "attention: native kernel"
+        if loading.kernels is not None:
+            return loading.kernels, "attention: native kernel"
         reason = loading.reason
     if wish == "native":
         raise ConfigError(f"engine.attention is native, but {reason}", param="engine.attention")

@@ -1,4 +1,4 @@
-"""``python -m pdserve.engine.fetch --config FILE``: puts the configured model where workers read it.
+"""``python -m pdserve.engine.fetch --config FILE``: puts the model where workers read it.
 
 For hosts that start before the owner of the cluster does: every worker is told one path, so the
 same configuration must have put the model there on its own host too. Prints the path.

@@ -100,7 +100,7 @@ class _Call(ctypes.Structure):
 class NativeLoad:
     """A kernel, or the reason for none."""
 
-    library: ctypes.CDLL | None
+    kernels: ctypes.CDLL | None
     reason: str
 
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from pdserve.v1 import inference_pb2 as pdserve_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13pdserve/v1/kv.proto\x12\npdserve.v1\x1a\x1apdserve/v1/inference.proto\"\xb8\x03\n\x0e\x45ngineSampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\x05\x12\r\n\x05top_p\x18\x04 \x01(\x02\x12\r\n\x05min_p\x18\x05 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x08 \x01(\x02\x12=\n\nlogit_bias\x18\t \x03(\x0b\x32).pdserve.v1.EngineSampling.LogitBiasEntry\x12\x12\n\nmin_tokens\x18\n \x01(\r\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x15\n\x08logprobs\x18\x0c \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\r \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04seed\x18\x0e \x01(\x04\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"r\n\rAttemptTokens\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x12\n\nprompt_len\x18\x02 \x01(\r\x12\x10\n\x08key_root\x18\x03 \x01(\x0c\x12\x12\n\nblock_keys\x18\x04 \x01(\x0c\x12\x14\n\x0c\x62ypass_cache\x18\x05 \x01(\x08\"\xa7\x02\n\x0cStartPrefill\x12\x12\n\nattempt_id\x18\x01 \x01(\x0c\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12)\n\x06tokens\x18\x03 \x01(\x0b\x32\x19.pdserve.v1.AttemptTokens\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.pdserve.v1.EngineSampling\x12\x14\n\x0cremaining_ms\x18\x05 \x01(\x04\x12\x1c\n\x14\x65xpected_incarnation\x18\x06 \x01(\x0c\x12\x1a\n\x12\x64\x65\x63ode_incarnation\x18\x07 \x01(\x0c\x12\x1a\n\x12layout_fingerprint\x18\x08 \x01(\x0c\x12\x10\n\x08priority\x18\t \x01(\x11\x12\x18\n\x10protocol_version\x18\n \x01(\r\"1\n\x05Grant\x12\x15\n\rblock_indices\x18\x01 \x03(\r\x12\x11\n\ttransport\x18\x02 \x01(\t\"\x06\n\x04\x44one\"7\n\rCancelPrefill\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x16\n\x0esuspect_blocks\x18\x02 \x03(\r\"\x0b\n\tKeepAlive\"\xe7\x01\n\x0f\x44\x65\x63odeToPrefill\x12)\n\x05start\x18\x01 \x01(\x0b\x32\x18.pdserve.v1.StartPrefillH\x00\x12\"\n\x05grant\x18\x02 \x01(\x0b\x32\x11.pdserve.v1.GrantH\x00\x12 \n\x04\x64one\x18\x03 \x01(\x0b\x32\x10.pdserve.v1.DoneH\x00\x12+\n\x06\x63\x61ncel\x18\x04 \x01(\x0b\x32\x19.pdserve.v1.CancelPrefillH\x00\x12+\n\nkeep_alive\x18\x05 \x01(\x0b\x32\x15.pdserve.v1.KeepAliveH\x00\x42\t\n\x07message\"\x83\x02\n\nKvEndpoint\x12\x13\n\x0bincarnation\x18\x01 \x01(\x0c\x12\x1a\n\x12layout_fingerprint\x18\x02 \x01(\x0c\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x12\n\nspan_bytes\x18\x04 \x01(\x04\x12\x0f\n\x07host_id\x18\x05 \x01(\t\x12\x0b\n\x03pid\x18\x06 \x01(\r\x12\x0e\n\x06shm_fd\x18\x07 \x01(\r\x12\x13\n\x0btcp_address\x18\x08 \x01(\t\x12\x13\n\x0b\x64\x65vice_uuid\x18\t \x01(\t\x12\x17\n\x0f\x63uda_ipc_handle\x18\n \x01(\x0c\x12\x17\n\x0f\x63uda_ipc_offset\x18\x0b \x01(\x04\x12\x12\n\ntransports\x18\x0c \x03(\t\"J\n\x08\x41\x63\x63\x65pted\x12(\n\x08\x65ndpoint\x18\x01 \x01(\x0b\x32\x16.pdserve.v1.KvEndpoint\x12\x14\n\x0cqueue_length\x18\x02 \x01(\r\"\t\n\x07Started\"P\n\nBlockOffer\x12\r\n\x05index\x18\x01 \x01(\r\x12\r\n\x05\x62lock\x18\x02 \x01(\r\x12\x12\n\ngeneration\x18\x03 \x01(\x06\x12\x10\n\x08\x63hecksum\x18\x04 \x01(\x06\"/\n\x05Offer\x12&\n\x06\x62locks\x18\x01 \x03(\x0b\x32\x16.pdserve.v1.BlockOffer\"\x8f\x02\n\x0fPrefillFinished\x12)\n\x0b\x66irst_token\x18\x01 \x01(\x0b\x32\x14.pdserve.v1.TokenOut\x12/\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x18.pdserve.v1.FinishReason\x12/\n\rcached_tokens\x18\x03 \x01(\x0b\x32\x18.pdserve.v1.CachedTokens\x12\'\n\x06\x63hunks\x18\x04 \x03(\x0b\x32\x17.pdserve.v1.ChunkTiming\x12\x31\n\x0fprompt_logprobs\x18\x05 \x03(\x0b\x32\x18.pdserve.v1.TokenLogprob\x12\x13\n\x0bpreemptions\x18\x06 \x01(\r\"G\n\x08TokenOut\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12)\n\x07logprob\x18\x02 \x01(\x0b\x32\x18.pdserve.v1.TokenLogprob\"\xc3\x01\n\x0fPrefillToDecode\x12(\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x14.pdserve.v1.AcceptedH\x00\x12&\n\x07started\x18\x02 \x01(\x0b\x32\x13.pdserve.v1.StartedH\x00\x12\"\n\x05offer\x18\x03 \x01(\x0b\x32\x11.pdserve.v1.OfferH\x00\x12/\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x1b.pdserve.v1.PrefillFinishedH\x00\x42\t\n\x07message2N\n\x07Prefill\x12\x43\n\x03Run\x12\x1b.pdserve.v1.DecodeToPrefill\x1a\x1b.pdserve.v1.PrefillToDecode(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13pdserve/v1/kv.proto\x12\npdserve.v1\x1a\x1apdserve/v1/inference.proto\"\xb8\x03\n\x0e\x45ngineSampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\x05\x12\r\n\x05top_p\x18\x04 \x01(\x02\x12\r\n\x05min_p\x18\x05 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x08 \x01(\x02\x12=\n\nlogit_bias\x18\t \x03(\x0b\x32).pdserve.v1.EngineSampling.LogitBiasEntry\x12\x12\n\nmin_tokens\x18\n \x01(\r\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x15\n\x08logprobs\x18\x0c \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\r \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04seed\x18\x0e \x01(\x04\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"r\n\rAttemptTokens\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x12\n\nprompt_len\x18\x02 \x01(\r\x12\x10\n\x08key_root\x18\x03 \x01(\x0c\x12\x12\n\nblock_keys\x18\x04 \x01(\x0c\x12\x14\n\x0c\x62ypass_cache\x18\x05 \x01(\x08\"\xa7\x02\n\x0cStartPrefill\x12\x12\n\nattempt_id\x18\x01 \x01(\x0c\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12)\n\x06tokens\x18\x03 \x01(\x0b\x32\x19.pdserve.v1.AttemptTokens\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.pdserve.v1.EngineSampling\x12\x14\n\x0cremaining_ms\x18\x05 \x01(\x04\x12\x1c\n\x14\x65xpected_incarnation\x18\x06 \x01(\x0c\x12\x1a\n\x12\x64\x65\x63ode_incarnation\x18\x07 \x01(\x0c\x12\x1a\n\x12layout_fingerprint\x18\x08 \x01(\x0c\x12\x10\n\x08priority\x18\t \x01(\x11\x12\x18\n\x10protocol_version\x18\n \x01(\r\"\x1e\n\x05Grant\x12\x15\n\rblock_indices\x18\x01 \x03(\r\"\x06\n\x04\x44one\"7\n\rCancelPrefill\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x16\n\x0esuspect_blocks\x18\x02 \x03(\r\"\x0b\n\tKeepAlive\"\xe7\x01\n\x0f\x44\x65\x63odeToPrefill\x12)\n\x05start\x18\x01 \x01(\x0b\x32\x18.pdserve.v1.StartPrefillH\x00\x12\"\n\x05grant\x18\x02 \x01(\x0b\x32\x11.pdserve.v1.GrantH\x00\x12 \n\x04\x64one\x18\x03 \x01(\x0b\x32\x10.pdserve.v1.DoneH\x00\x12+\n\x06\x63\x61ncel\x18\x04 \x01(\x0b\x32\x19.pdserve.v1.CancelPrefillH\x00\x12+\n\nkeep_alive\x18\x05 \x01(\x0b\x32\x15.pdserve.v1.KeepAliveH\x00\x42\t\n\x07message\"\x83\x02\n\nKvEndpoint\x12\x13\n\x0bincarnation\x18\x01 \x01(\x0c\x12\x1a\n\x12layout_fingerprint\x18\x02 \x01(\x0c\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x12\n\nspan_bytes\x18\x04 \x01(\x04\x12\x0f\n\x07host_id\x18\x05 \x01(\t\x12\x0b\n\x03pid\x18\x06 \x01(\r\x12\x0e\n\x06shm_fd\x18\x07 \x01(\r\x12\x13\n\x0btcp_address\x18\x08 \x01(\t\x12\x13\n\x0b\x64\x65vice_uuid\x18\t \x01(\t\x12\x17\n\x0f\x63uda_ipc_handle\x18\n \x01(\x0c\x12\x17\n\x0f\x63uda_ipc_offset\x18\x0b \x01(\x04\x12\x12\n\ntransports\x18\x0c \x03(\t\"J\n\x08\x41\x63\x63\x65pted\x12(\n\x08\x65ndpoint\x18\x01 \x01(\x0b\x32\x16.pdserve.v1.KvEndpoint\x12\x14\n\x0cqueue_length\x18\x02 \x01(\r\"\t\n\x07Started\"P\n\nBlockOffer\x12\r\n\x05index\x18\x01 \x01(\r\x12\r\n\x05\x62lock\x18\x02 \x01(\r\x12\x12\n\ngeneration\x18\x03 \x01(\x06\x12\x10\n\x08\x63hecksum\x18\x04 \x01(\x06\"/\n\x05Offer\x12&\n\x06\x62locks\x18\x01 \x03(\x0b\x32\x16.pdserve.v1.BlockOffer\"\x8f\x02\n\x0fPrefillFinished\x12)\n\x0b\x66irst_token\x18\x01 \x01(\x0b\x32\x14.pdserve.v1.TokenOut\x12/\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x18.pdserve.v1.FinishReason\x12/\n\rcached_tokens\x18\x03 \x01(\x0b\x32\x18.pdserve.v1.CachedTokens\x12\'\n\x06\x63hunks\x18\x04 \x03(\x0b\x32\x17.pdserve.v1.ChunkTiming\x12\x31\n\x0fprompt_logprobs\x18\x05 \x03(\x0b\x32\x18.pdserve.v1.TokenLogprob\x12\x13\n\x0bpreemptions\x18\x06 \x01(\r\"G\n\x08TokenOut\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12)\n\x07logprob\x18\x02 \x01(\x0b\x32\x18.pdserve.v1.TokenLogprob\"\xc3\x01\n\x0fPrefillToDecode\x12(\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x14.pdserve.v1.AcceptedH\x00\x12&\n\x07started\x18\x02 \x01(\x0b\x32\x13.pdserve.v1.StartedH\x00\x12\"\n\x05offer\x18\x03 \x01(\x0b\x32\x11.pdserve.v1.OfferH\x00\x12/\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x1b.pdserve.v1.PrefillFinishedH\x00\x42\t\n\x07message2N\n\x07Prefill\x12\x43\n\x03Run\x12\x1b.pdserve.v1.DecodeToPrefill\x1a\x1b.pdserve.v1.PrefillToDecode(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,31 +43,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STARTPREFILL']._serialized_start=623
   _globals['_STARTPREFILL']._serialized_end=918
   _globals['_GRANT']._serialized_start=920
-  _globals['_GRANT']._serialized_end=969
-  _globals['_DONE']._serialized_start=971
-  _globals['_DONE']._serialized_end=977
-  _globals['_CANCELPREFILL']._serialized_start=979
-  _globals['_CANCELPREFILL']._serialized_end=1034
-  _globals['_KEEPALIVE']._serialized_start=1036
-  _globals['_KEEPALIVE']._serialized_end=1047
-  _globals['_DECODETOPREFILL']._serialized_start=1050
-  _globals['_DECODETOPREFILL']._serialized_end=1281
-  _globals['_KVENDPOINT']._serialized_start=1284
-  _globals['_KVENDPOINT']._serialized_end=1543
-  _globals['_ACCEPTED']._serialized_start=1545
-  _globals['_ACCEPTED']._serialized_end=1619
-  _globals['_STARTED']._serialized_start=1621
-  _globals['_STARTED']._serialized_end=1630
-  _globals['_BLOCKOFFER']._serialized_start=1632
-  _globals['_BLOCKOFFER']._serialized_end=1712
-  _globals['_OFFER']._serialized_start=1714
-  _globals['_OFFER']._serialized_end=1761
-  _globals['_PREFILLFINISHED']._serialized_start=1764
-  _globals['_PREFILLFINISHED']._serialized_end=2035
-  _globals['_TOKENOUT']._serialized_start=2037
-  _globals['_TOKENOUT']._serialized_end=2108
-  _globals['_PREFILLTODECODE']._serialized_start=2111
-  _globals['_PREFILLTODECODE']._serialized_end=2306
-  _globals['_PREFILL']._serialized_start=2308
-  _globals['_PREFILL']._serialized_end=2386
+  _globals['_GRANT']._serialized_end=950
+  _globals['_DONE']._serialized_start=952
+  _globals['_DONE']._serialized_end=958
+  _globals['_CANCELPREFILL']._serialized_start=960
+  _globals['_CANCELPREFILL']._serialized_end=1015
+  _globals['_KEEPALIVE']._serialized_start=1017
+  _globals['_KEEPALIVE']._serialized_end=1028
+  _globals['_DECODETOPREFILL']._serialized_start=1031
+  _globals['_DECODETOPREFILL']._serialized_end=1262
+  _globals['_KVENDPOINT']._serialized_start=1265
+  _globals['_KVENDPOINT']._serialized_end=1524
+  _globals['_ACCEPTED']._serialized_start=1526
+  _globals['_ACCEPTED']._serialized_end=1600
+  _globals['_STARTED']._serialized_start=1602
+  _globals['_STARTED']._serialized_end=1611
+  _globals['_BLOCKOFFER']._serialized_start=1613
+  _globals['_BLOCKOFFER']._serialized_end=1693
+  _globals['_OFFER']._serialized_start=1695
+  _globals['_OFFER']._serialized_end=1742
+  _globals['_PREFILLFINISHED']._serialized_start=1745
+  _globals['_PREFILLFINISHED']._serialized_end=2016
+  _globals['_TOKENOUT']._serialized_start=2018
+  _globals['_TOKENOUT']._serialized_end=2089
+  _globals['_PREFILLTODECODE']._serialized_start=2092
+  _globals['_PREFILLTODECODE']._serialized_end=2287
+  _globals['_PREFILL']._serialized_start=2289
+  _globals['_PREFILL']._serialized_end=2367
 # @@protoc_insertion_point(module_scope)

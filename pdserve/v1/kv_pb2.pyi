@@ -85,12 +85,10 @@ class StartPrefill(_message.Message):
     def __init__(self, attempt_id: _Optional[bytes] = ..., request_id: _Optional[str] = ..., tokens: _Optional[_Union[AttemptTokens, _Mapping]] = ..., sampling: _Optional[_Union[EngineSampling, _Mapping]] = ..., remaining_ms: _Optional[int] = ..., expected_incarnation: _Optional[bytes] = ..., decode_incarnation: _Optional[bytes] = ..., layout_fingerprint: _Optional[bytes] = ..., priority: _Optional[int] = ..., protocol_version: _Optional[int] = ...) -> None: ...
 
 class Grant(_message.Message):
-    __slots__ = ("block_indices", "transport")
+    __slots__ = ("block_indices",)
     BLOCK_INDICES_FIELD_NUMBER: _ClassVar[int]
-    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     block_indices: _containers.RepeatedScalarFieldContainer[int]
-    transport: str
-    def __init__(self, block_indices: _Optional[_Iterable[int]] = ..., transport: _Optional[str] = ...) -> None: ...
+    def __init__(self, block_indices: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Done(_message.Message):
     __slots__ = ()

@@ -26,15 +26,15 @@ from pdserve.v1 import inference_pb2 as pdserve_dot_v1_dot_inference__pb2
 from pdserve.v1 import kv_pb2 as pdserve_dot_v1_dot_kv__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17pdserve/v1/worker.proto\x12\npdserve.v1\x1a\x1apdserve/v1/inference.proto\x1a\x13pdserve/v1/kv.proto\"\x11\n\x0f\x44\x65scribeRequest\"\x95\x01\n\tModelInfo\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x12\n\nblock_size\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x10\n\x08numerics\x18\x06 \x01(\t\x12\x1a\n\x12layout_fingerprint\x18\x07 \x01(\x0c\"\xf1\x01\n\nWorkerInfo\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x0c\x12$\n\x04role\x18\x03 \x01(\x0e\x32\x16.pdserve.v1.WorkerRole\x12\x0b\n\x03pid\x18\x04 \x01(\r\x12\x0c\n\x04node\x18\x05 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x06 \x01(\t\x12$\n\x05model\x18\x07 \x01(\x0b\x32\x15.pdserve.v1.ModelInfo\x12\x14\n\x0c\x62locks_total\x18\x08 \x01(\r\x12\x19\n\x11kv_events_address\x18\t \x01(\t\x12\x19\n\x11kv_replay_address\x18\n \x01(\t\"\x0e\n\x0cWatchRequest\"\xec\x01\n\tHeartbeat\x12\x13\n\x0bincarnation\x18\x01 \x01(\x0c\x12\x14\n\x0c\x65ngine_steps\x18\x02 \x01(\x04\x12\x14\n\x0cwork_pending\x18\x03 \x01(\x08\x12\x0f\n\x07running\x18\x04 \x01(\r\x12\x0f\n\x07waiting\x18\x05 \x01(\r\x12\x13\n\x0b\x62locks_used\x18\x06 \x01(\r\x12\x15\n\rblocks_cached\x18\x07 \x01(\r\x12\x14\n\x0c\x62locks_total\x18\x08 \x01(\r\x12\x10\n\x08\x64raining\x18\t \x01(\x08\x12\x16\n\x0ewaiting_tokens\x18\n \x01(\x04\x12\x10\n\x08\x64\x65graded\x18\x0b \x01(\t\"\x12\n\x10\x43heckIdleRequest\"w\n\x11\x43heckIdleResponse\x12\x0c\n\x04idle\x18\x01 \x01(\x08\x12\x12\n\nviolations\x18\x02 \x03(\t\x12\x13\n\x0b\x62locks_free\x18\x03 \x01(\r\x12\x15\n\rblocks_cached\x18\x04 \x01(\r\x12\x14\n\x0c\x62locks_total\x18\x05 \x01(\r\"\x1c\n\x0c\x44rainRequest\x12\x0c\n\x04undo\x18\x01 \x01(\x08\"\x0f\n\rDrainResponse\"\x1d\n\x0c\x46lushRequest\x12\r\n\x05tiers\x18\x01 \x03(\t\"\x0f\n\rFlushResponse\"M\n\x0f\x41rmFaultRequest\x12\x0c\n\x04step\x18\x01 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x02 \x01(\t\x12\x0b\n\x03nth\x18\x03 \x01(\r\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\"!\n\x10\x41rmFaultResponse\x12\r\n\x05\x66ired\x18\x01 \x01(\r\"\xa4\x02\n\x0cStartAttempt\x12\x12\n\nattempt_id\x18\x01 \x01(\x0c\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12)\n\x06tokens\x18\x03 \x01(\x0b\x32\x19.pdserve.v1.AttemptTokens\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.pdserve.v1.EngineSampling\x12\x14\n\x0cremaining_ms\x18\x05 \x01(\x04\x12\x1c\n\x14\x65xpected_incarnation\x18\x06 \x01(\x0c\x12\x10\n\x08priority\x18\x07 \x01(\x11\x12(\n\x07prefill\x18\x08 \x01(\x0b\x32\x17.pdserve.v1.PrefillPeer\x12\x13\n\x0bskip_reason\x18\t \x01(\t\x12\x0e\n\x06strict\x18\n \x01(\x08\"F\n\x0bPrefillPeer\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x0c\"#\n\rCancelAttempt\x12\x12\n\nattempt_id\x18\x01 \x01(\x0c\"\x1f\n\x08PeerGone\x12\x13\n\x0bincarnation\x18\x01 \x01(\x0c\"\xcb\x01\n\x0eRouterToDecode\x12)\n\x05start\x18\x01 \x01(\x0b\x32\x18.pdserve.v1.StartAttemptH\x00\x12+\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x19.pdserve.v1.CancelAttemptH\x00\x12+\n\nkeep_alive\x18\x03 \x01(\x0b\x32\x15.pdserve.v1.KeepAliveH\x00\x12)\n\tpeer_gone\x18\x04 \x01(\x0b\x32\x14.pdserve.v1.PeerGoneH\x00\x42\t\n\x07message\"r\n\x0e\x41ttemptFailure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x11\n\tretryable\x18\x03 \x01(\x08\x12\x16\n\x0eretry_after_ms\x18\x04 \x01(\x04\x12\x16\n\x0esuspect_worker\x18\x05 \x01(\t\"\xe4\x01\n\x0c\x41ttemptFacts\x12/\n\rcached_tokens\x18\x01 \x01(\x0b\x32\x18.pdserve.v1.CachedTokens\x12\x16\n\x0eprefill_worker\x18\x02 \x01(\t\x12\x1c\n\x14kv_bytes_transferred\x18\x03 \x01(\x04\x12\x14\n\x0ckv_transport\x18\x04 \x01(\t\x12\x19\n\x11kv_skipped_reason\x18\x05 \x01(\t\x12\x13\n\x0bpreemptions\x18\x06 \x01(\r\x12\'\n\x06\x63hunks\x18\x07 \x03(\x0b\x32\x17.pdserve.v1.ChunkTiming\"\x92\x02\n\x0c\x41ttemptEvent\x12\x12\n\nattempt_id\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\r\x12$\n\x06tokens\x18\x03 \x03(\x0b\x32\x14.pdserve.v1.TokenOut\x12\x31\n\x0fprompt_logprobs\x18\x04 \x03(\x0b\x32\x18.pdserve.v1.TokenLogprob\x12\'\n\x05\x66\x61\x63ts\x18\x05 \x01(\x0b\x32\x18.pdserve.v1.AttemptFacts\x12/\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x18.pdserve.v1.FinishReason\x12+\n\x07\x66\x61ilure\x18\x07 \x01(\x0b\x32\x1a.pdserve.v1.AttemptFailure\"O\n\x0e\x44\x65\x63odeToRouter\x12\x13\n\x0bincarnation\x18\x01 \x01(\x0c\x12(\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x18.pdserve.v1.AttemptEvent\"<\n\x11SetWorkersRequest\x12\'\n\x07workers\x18\x01 \x03(\x0b\x32\x16.pdserve.v1.WorkerInfo\"\x14\n\x12SetWorkersResponse*q\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02\x12\x15\n\x11WORKER_ROLE_MIXED\x10\x03\x32\x92\x03\n\x06Worker\x12?\n\x08\x44\x65scribe\x12\x1b.pdserve.v1.DescribeRequest\x1a\x16.pdserve.v1.WorkerInfo\x12:\n\x05Watch\x12\x18.pdserve.v1.WatchRequest\x1a\x15.pdserve.v1.Heartbeat0\x01\x12H\n\tCheckIdle\x12\x1c.pdserve.v1.CheckIdleRequest\x1a\x1d.pdserve.v1.CheckIdleResponse\x12<\n\x05\x44rain\x12\x18.pdserve.v1.DrainRequest\x1a\x19.pdserve.v1.DrainResponse\x12<\n\x05\x46lush\x12\x18.pdserve.v1.FlushRequest\x1a\x19.pdserve.v1.FlushResponse\x12\x45\n\x08\x41rmFault\x12\x1b.pdserve.v1.ArmFaultRequest\x1a\x1c.pdserve.v1.ArmFaultResponse2O\n\x06\x44\x65\x63ode\x12\x45\n\x07Session\x12\x1a.pdserve.v1.RouterToDecode\x1a\x1a.pdserve.v1.DecodeToRouter(\x01\x30\x01\x32Y\n\nMembership\x12K\n\nSetWorkers\x12\x1d.pdserve.v1.SetWorkersRequest\x1a\x1e.pdserve.v1.SetWorkersResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17pdserve/v1/worker.proto\x12\npdserve.v1\x1a\x1apdserve/v1/inference.proto\x1a\x13pdserve/v1/kv.proto\"\x11\n\x0f\x44\x65scribeRequest\"\x95\x01\n\tModelInfo\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x12\n\nblock_size\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x10\n\x08numerics\x18\x06 \x01(\t\x12\x1a\n\x12layout_fingerprint\x18\x07 \x01(\x0c\"\xf1\x01\n\nWorkerInfo\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x0c\x12$\n\x04role\x18\x03 \x01(\x0e\x32\x16.pdserve.v1.WorkerRole\x12\x0b\n\x03pid\x18\x04 \x01(\r\x12\x0c\n\x04node\x18\x05 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x06 \x01(\t\x12$\n\x05model\x18\x07 \x01(\x0b\x32\x15.pdserve.v1.ModelInfo\x12\x14\n\x0c\x62locks_total\x18\x08 \x01(\r\x12\x19\n\x11kv_events_address\x18\t \x01(\t\x12\x19\n\x11kv_replay_address\x18\n \x01(\t\"\x0e\n\x0cWatchRequest\"\xec\x01\n\tHeartbeat\x12\x13\n\x0bincarnation\x18\x01 \x01(\x0c\x12\x14\n\x0c\x65ngine_steps\x18\x02 \x01(\x04\x12\x14\n\x0cwork_pending\x18\x03 \x01(\x08\x12\x0f\n\x07running\x18\x04 \x01(\r\x12\x0f\n\x07waiting\x18\x05 \x01(\r\x12\x13\n\x0b\x62locks_used\x18\x06 \x01(\r\x12\x15\n\rblocks_cached\x18\x07 \x01(\r\x12\x14\n\x0c\x62locks_total\x18\x08 \x01(\r\x12\x10\n\x08\x64raining\x18\t \x01(\x08\x12\x16\n\x0ewaiting_tokens\x18\n \x01(\x04\x12\x10\n\x08\x64\x65graded\x18\x0b \x01(\t\"\x12\n\x10\x43heckIdleRequest\"w\n\x11\x43heckIdleResponse\x12\x0c\n\x04idle\x18\x01 \x01(\x08\x12\x12\n\nviolations\x18\x02 \x03(\t\x12\x13\n\x0b\x62locks_free\x18\x03 \x01(\r\x12\x15\n\rblocks_cached\x18\x04 \x01(\r\x12\x14\n\x0c\x62locks_total\x18\x05 \x01(\r\"\x1c\n\x0c\x44rainRequest\x12\x0c\n\x04undo\x18\x01 \x01(\x08\"\x0f\n\rDrainResponse\"\x1d\n\x0c\x46lushRequest\x12\r\n\x05tiers\x18\x01 \x03(\t\"\x0f\n\rFlushResponse\"M\n\x0f\x41rmFaultRequest\x12\x0c\n\x04step\x18\x01 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x02 \x01(\t\x12\x0b\n\x03nth\x18\x03 \x01(\r\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\"!\n\x10\x41rmFaultResponse\x12\r\n\x05\x66ired\x18\x01 \x01(\r\"\x94\x02\n\x0cStartAttempt\x12\x12\n\nattempt_id\x18\x01 \x01(\x0c\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12)\n\x06tokens\x18\x03 \x01(\x0b\x32\x19.pdserve.v1.AttemptTokens\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.pdserve.v1.EngineSampling\x12\x14\n\x0cremaining_ms\x18\x05 \x01(\x04\x12\x1c\n\x14\x65xpected_incarnation\x18\x06 \x01(\x0c\x12\x10\n\x08priority\x18\x07 \x01(\x11\x12(\n\x07prefill\x18\x08 \x01(\x0b\x32\x17.pdserve.v1.PrefillPeer\x12\x13\n\x0bskip_reason\x18\t \x01(\t\"F\n\x0bPrefillPeer\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x0c\"#\n\rCancelAttempt\x12\x12\n\nattempt_id\x18\x01 \x01(\x0c\"\x1f\n\x08PeerGone\x12\x13\n\x0bincarnation\x18\x01 \x01(\x0c\"\xcb\x01\n\x0eRouterToDecode\x12)\n\x05start\x18\x01 \x01(\x0b\x32\x18.pdserve.v1.StartAttemptH\x00\x12+\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x19.pdserve.v1.CancelAttemptH\x00\x12+\n\nkeep_alive\x18\x03 \x01(\x0b\x32\x15.pdserve.v1.KeepAliveH\x00\x12)\n\tpeer_gone\x18\x04 \x01(\x0b\x32\x14.pdserve.v1.PeerGoneH\x00\x42\t\n\x07message\"r\n\x0e\x41ttemptFailure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x11\n\tretryable\x18\x03 \x01(\x08\x12\x16\n\x0eretry_after_ms\x18\x04 \x01(\x04\x12\x16\n\x0esuspect_worker\x18\x05 \x01(\t\"\xe4\x01\n\x0c\x41ttemptFacts\x12/\n\rcached_tokens\x18\x01 \x01(\x0b\x32\x18.pdserve.v1.CachedTokens\x12\x16\n\x0eprefill_worker\x18\x02 \x01(\t\x12\x1c\n\x14kv_bytes_transferred\x18\x03 \x01(\x04\x12\x14\n\x0ckv_transport\x18\x04 \x01(\t\x12\x19\n\x11kv_skipped_reason\x18\x05 \x01(\t\x12\x13\n\x0bpreemptions\x18\x06 \x01(\r\x12\'\n\x06\x63hunks\x18\x07 \x03(\x0b\x32\x17.pdserve.v1.ChunkTiming\"\x92\x02\n\x0c\x41ttemptEvent\x12\x12\n\nattempt_id\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\r\x12$\n\x06tokens\x18\x03 \x03(\x0b\x32\x14.pdserve.v1.TokenOut\x12\x31\n\x0fprompt_logprobs\x18\x04 \x03(\x0b\x32\x18.pdserve.v1.TokenLogprob\x12\'\n\x05\x66\x61\x63ts\x18\x05 \x01(\x0b\x32\x18.pdserve.v1.AttemptFacts\x12/\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x18.pdserve.v1.FinishReason\x12+\n\x07\x66\x61ilure\x18\x07 \x01(\x0b\x32\x1a.pdserve.v1.AttemptFailure\"O\n\x0e\x44\x65\x63odeToRouter\x12\x13\n\x0bincarnation\x18\x01 \x01(\x0c\x12(\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x18.pdserve.v1.AttemptEvent\"<\n\x11SetWorkersRequest\x12\'\n\x07workers\x18\x01 \x03(\x0b\x32\x16.pdserve.v1.WorkerInfo\"\x14\n\x12SetWorkersResponse*q\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02\x12\x15\n\x11WORKER_ROLE_MIXED\x10\x03\x32\x92\x03\n\x06Worker\x12?\n\x08\x44\x65scribe\x12\x1b.pdserve.v1.DescribeRequest\x1a\x16.pdserve.v1.WorkerInfo\x12:\n\x05Watch\x12\x18.pdserve.v1.WatchRequest\x1a\x15.pdserve.v1.Heartbeat0\x01\x12H\n\tCheckIdle\x12\x1c.pdserve.v1.CheckIdleRequest\x1a\x1d.pdserve.v1.CheckIdleResponse\x12<\n\x05\x44rain\x12\x18.pdserve.v1.DrainRequest\x1a\x19.pdserve.v1.DrainResponse\x12<\n\x05\x46lush\x12\x18.pdserve.v1.FlushRequest\x1a\x19.pdserve.v1.FlushResponse\x12\x45\n\x08\x41rmFault\x12\x1b.pdserve.v1.ArmFaultRequest\x1a\x1c.pdserve.v1.ArmFaultResponse2O\n\x06\x44\x65\x63ode\x12\x45\n\x07Session\x12\x1a.pdserve.v1.RouterToDecode\x1a\x1a.pdserve.v1.DecodeToRouter(\x01\x30\x01\x32Y\n\nMembership\x12K\n\nSetWorkers\x12\x1d.pdserve.v1.SetWorkersRequest\x1a\x1e.pdserve.v1.SetWorkersResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'pdserve.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WORKERROLE']._serialized_start=2540
-  _globals['_WORKERROLE']._serialized_end=2653
+  _globals['_WORKERROLE']._serialized_start=2524
+  _globals['_WORKERROLE']._serialized_end=2637
   _globals['_DESCRIBEREQUEST']._serialized_start=88
   _globals['_DESCRIBEREQUEST']._serialized_end=105
   _globals['_MODELINFO']._serialized_start=108
@@ -62,31 +62,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ARMFAULTRESPONSE']._serialized_start=1073
   _globals['_ARMFAULTRESPONSE']._serialized_end=1106
   _globals['_STARTATTEMPT']._serialized_start=1109
-  _globals['_STARTATTEMPT']._serialized_end=1401
-  _globals['_PREFILLPEER']._serialized_start=1403
-  _globals['_PREFILLPEER']._serialized_end=1473
-  _globals['_CANCELATTEMPT']._serialized_start=1475
-  _globals['_CANCELATTEMPT']._serialized_end=1510
-  _globals['_PEERGONE']._serialized_start=1512
-  _globals['_PEERGONE']._serialized_end=1543
-  _globals['_ROUTERTODECODE']._serialized_start=1546
-  _globals['_ROUTERTODECODE']._serialized_end=1749
-  _globals['_ATTEMPTFAILURE']._serialized_start=1751
-  _globals['_ATTEMPTFAILURE']._serialized_end=1865
-  _globals['_ATTEMPTFACTS']._serialized_start=1868
-  _globals['_ATTEMPTFACTS']._serialized_end=2096
-  _globals['_ATTEMPTEVENT']._serialized_start=2099
-  _globals['_ATTEMPTEVENT']._serialized_end=2373
-  _globals['_DECODETOROUTER']._serialized_start=2375
-  _globals['_DECODETOROUTER']._serialized_end=2454
-  _globals['_SETWORKERSREQUEST']._serialized_start=2456
-  _globals['_SETWORKERSREQUEST']._serialized_end=2516
-  _globals['_SETWORKERSRESPONSE']._serialized_start=2518
-  _globals['_SETWORKERSRESPONSE']._serialized_end=2538
-  _globals['_WORKER']._serialized_start=2656
-  _globals['_WORKER']._serialized_end=3058
-  _globals['_DECODE']._serialized_start=3060
-  _globals['_DECODE']._serialized_end=3139
-  _globals['_MEMBERSHIP']._serialized_start=3141
-  _globals['_MEMBERSHIP']._serialized_end=3230
+  _globals['_STARTATTEMPT']._serialized_end=1385
+  _globals['_PREFILLPEER']._serialized_start=1387
+  _globals['_PREFILLPEER']._serialized_end=1457
+  _globals['_CANCELATTEMPT']._serialized_start=1459
+  _globals['_CANCELATTEMPT']._serialized_end=1494
+  _globals['_PEERGONE']._serialized_start=1496
+  _globals['_PEERGONE']._serialized_end=1527
+  _globals['_ROUTERTODECODE']._serialized_start=1530
+  _globals['_ROUTERTODECODE']._serialized_end=1733
+  _globals['_ATTEMPTFAILURE']._serialized_start=1735
+  _globals['_ATTEMPTFAILURE']._serialized_end=1849
+  _globals['_ATTEMPTFACTS']._serialized_start=1852
+  _globals['_ATTEMPTFACTS']._serialized_end=2080
+  _globals['_ATTEMPTEVENT']._serialized_start=2083
+  _globals['_ATTEMPTEVENT']._serialized_end=2357
+  _globals['_DECODETOROUTER']._serialized_start=2359
+  _globals['_DECODETOROUTER']._serialized_end=2438
+  _globals['_SETWORKERSREQUEST']._serialized_start=2440
+  _globals['_SETWORKERSREQUEST']._serialized_end=2500
+  _globals['_SETWORKERSRESPONSE']._serialized_start=2502
+  _globals['_SETWORKERSRESPONSE']._serialized_end=2522
+  _globals['_WORKER']._serialized_start=2640
+  _globals['_WORKER']._serialized_end=3042
+  _globals['_DECODE']._serialized_start=3044
+  _globals['_DECODE']._serialized_end=3123
+  _globals['_MEMBERSHIP']._serialized_start=3125
+  _globals['_MEMBERSHIP']._serialized_end=3214
 # @@protoc_insertion_point(module_scope)

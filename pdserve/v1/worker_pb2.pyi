@@ -153,7 +153,7 @@ class ArmFaultResponse(_message.Message):
     def __init__(self, fired: _Optional[int] = ...) -> None: ...
 
 class StartAttempt(_message.Message):
-    __slots__ = ("attempt_id", "request_id", "tokens", "sampling", "remaining_ms", "expected_incarnation", "priority", "prefill", "skip_reason", "strict")
+    __slots__ = ("attempt_id", "request_id", "tokens", "sampling", "remaining_ms", "expected_incarnation", "priority", "prefill", "skip_reason")
     ATTEMPT_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -163,7 +163,6 @@ class StartAttempt(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     PREFILL_FIELD_NUMBER: _ClassVar[int]
     SKIP_REASON_FIELD_NUMBER: _ClassVar[int]
-    STRICT_FIELD_NUMBER: _ClassVar[int]
     attempt_id: bytes
     request_id: str
     tokens: _kv_pb2.AttemptTokens
@@ -173,8 +172,7 @@ class StartAttempt(_message.Message):
     priority: int
     prefill: PrefillPeer
     skip_reason: str
-    strict: bool
-    def __init__(self, attempt_id: _Optional[bytes] = ..., request_id: _Optional[str] = ..., tokens: _Optional[_Union[_kv_pb2.AttemptTokens, _Mapping]] = ..., sampling: _Optional[_Union[_kv_pb2.EngineSampling, _Mapping]] = ..., remaining_ms: _Optional[int] = ..., expected_incarnation: _Optional[bytes] = ..., priority: _Optional[int] = ..., prefill: _Optional[_Union[PrefillPeer, _Mapping]] = ..., skip_reason: _Optional[str] = ..., strict: _Optional[bool] = ...) -> None: ...
+    def __init__(self, attempt_id: _Optional[bytes] = ..., request_id: _Optional[str] = ..., tokens: _Optional[_Union[_kv_pb2.AttemptTokens, _Mapping]] = ..., sampling: _Optional[_Union[_kv_pb2.EngineSampling, _Mapping]] = ..., remaining_ms: _Optional[int] = ..., expected_incarnation: _Optional[bytes] = ..., priority: _Optional[int] = ..., prefill: _Optional[_Union[PrefillPeer, _Mapping]] = ..., skip_reason: _Optional[str] = ...) -> None: ...
 
 class PrefillPeer(_message.Message):
     __slots__ = ("worker_id", "address", "incarnation")

@@ -32,8 +32,8 @@ CPU = torch.device("cpu")
 def kernel() -> CDLL:
     """The native kernel, built once for the test run."""
     loading = load_native(Path(mkdtemp(prefix="pdserve-kernel-")))
-    assert loading.library is not None, loading.reason
-    return loading.library
+    assert loading.kernels is not None, loading.reason
+    return loading.kernels
 
 
 @cache

@@ -18,11 +18,11 @@ from tests.engine.model_world import family_model
 
 def test_it_is_built_once_and_then_loaded(tmp_path: Path) -> None:
     first = native.load_native(tmp_path)
-    assert first.library is not None, first.reason
+    assert first.kernels is not None, first.reason
     (built,) = tmp_path.iterdir()
     stamp = built.stat().st_mtime_ns
     again = native.load_native(tmp_path)
-    assert again.library is not None
+    assert again.kernels is not None
     assert [file.name for file in tmp_path.iterdir()] == [built.name]
     assert built.stat().st_mtime_ns == stamp
 
@@ -49,7 +49,7 @@ def test_a_compiler_that_fails_is_told_too(tmp_path: Path, monkeypatch: pytest.M
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
     loading = native.load_native(tmp_path / "kernels")
-    assert loading.library is None
+    assert loading.kernels is None
     assert "out of order" in loading.reason
 
 
@@ -58,7 +58,7 @@ def test_a_folder_that_others_can_write_to_is_not_trusted(tmp_path: Path) -> Non
     shared.mkdir()
     shared.chmod(0o777)
     loading = native.load_native(shared)
-    assert loading.library is None
+    assert loading.kernels is None
     assert "other users" in loading.reason
     assert not list(shared.iterdir())
 
@@ -76,7 +76,7 @@ def test_only_one_openmp_runtime_is_loaded(tmp_path: Path) -> None:
         "import sys, torch\n"
         "from pathlib import Path\n"
         "from pdserve.engine.native import load_native\n"
-        "assert load_native(Path(sys.argv[1])).library is not None\n"
+        "assert load_native(Path(sys.argv[1])).kernels is not None\n"
         "files = {l.rsplit(maxsplit=1)[-1] for l in open('/proc/self/maps') if 'omp' in l}\n"
         "names = ('libgomp', 'libiomp', 'libomp')\n"
         "print(len({f for f in files if f.rsplit('/', 1)[-1].startswith(names)}))\n"
