@@ -29,6 +29,7 @@ from pdserve.worker.core import WorkerCore
 # A lease is renewed this many times within its length.
 KEEP_ALIVES_PER_LEASE = 4
 READ_THREADS = 4
+LOST_PEERS_EVERY_S = 2.0
 
 
 class DecodeWorker:
@@ -50,12 +51,13 @@ class DecodeWorker:
         self._threads = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="kv-read")
         self._stubs = PeerStubs(boot.identity, config.transfer.max_message_bytes)
         self._service: DecodeService | None = None
+        self._sweeper: asyncio.Task[None] | None = None
         self.facts: WorkerFacts = self._core.open(self._caches.ports(), self._add_services)
 
     def stop(self, drain_s: float) -> None:
         service = self._service
         self._core.drain(drain_s, lambda: service is not None and service.attempts > 0)
-        self._core.shell.run(self._stubs.close())
+        self._core.shell.run(self._close_peers())
         self._core.close_shell()
         self._threads.shutdown(wait=True)
         self._core.close_engine()
@@ -78,10 +80,23 @@ class DecodeWorker:
             services, config.timers.dead_after_s, lambda: self._core.draining
         )
         worker_pb2_grpc.add_DecodeServicer_to_server(self._service, server)
+        self._sweeper = asyncio.get_running_loop().create_task(self._let_go_of_ended_peers())
 
     async def _open_reader(self, endpoint: Endpoint) -> BlockReader:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, self._readers.reader_for, endpoint)
+
+    async def _close_peers(self) -> None:
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        await self._stubs.close()
+
+    async def _let_go_of_ended_peers(self) -> None:
+        """The router tells of lost peers, but may be gone itself: their memory must not stay."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(LOST_PEERS_EVERY_S)
+            await loop.run_in_executor(self._threads, self._readers.close_lost)
 
     def _peer_lost(self, incarnation: Incarnation, gone: bool) -> None:
         """On a thread: closing waits for a read that is under way."""

@@ -90,23 +90,24 @@ def test_grpc_has_a_longest_message_and_most_metadata(narrow) -> None:
 
 
 def _answered(call: Iterable[pb.GenerateResponse]) -> bool:
-    """Whether it was; a stream that opens just as another closes may be refused by gRPC itself."""
+    """Whether it was. What becomes of a stream above the limit is gRPC's own: it waits, it may be
+    refused when it opens just as another closes, and it may wait until its deadline."""
     try:
         return bool(list(call))
     except grpc.RpcError as error:
-        if error.code() is not grpc.StatusCode.UNAVAILABLE:
+        if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
             raise
         return False
 
 
-def test_streams_above_the_limit_of_a_connection_wait_for_room_or_are_refused(narrow) -> None:
+def test_streams_above_the_limit_of_a_connection_never_run(narrow) -> None:
     narrow.dispatcher.pause_s = 0.2
     request = pb.GenerateRequest(text="x", sampling=pb.SamplingParams(max_tokens=2))
     most = 0
     try:
         with grpc.insecure_channel(narrow.grpc) as channel:
             stub = pb_grpc.InferenceStub(channel)
-            calls = [stub.Generate(request, timeout=20) for _ in range(3 * ROOM)]
+            calls = [stub.Generate(request, timeout=8) for _ in range(3 * ROOM)]
             end = time.monotonic() + 1.0
             while time.monotonic() < end:
                 most = max(most, narrow.dispatcher.open)
