@@ -76,7 +76,18 @@ def measure(running: Running) -> Baseline:
     for name, pid in processes(running).items():
         role = most.setdefault(role_of(name), Counter())
         most[role_of(name)] = role | Counter(resources(pid))
-    return most
+    prefills = sum(role_of(name) == "prefill" for name in processes(running))
+    return {role: _all_met(found, prefills) for role, found in most.items()}
+
+
+def _all_met(calm: Counter[str], prefills: int) -> Counter[str]:
+    """Placement may not have paired everybody yet: a decode worker over shared memory keeps its own
+    pool mapped and that of each live prefill worker that it met, with a descriptor each."""
+    met = calm["mapped"] - 1
+    if not 0 < met < prefills:
+        return calm
+    unmet = prefills - met
+    return calm + Counter(mapped=unmet, memfd=unmet)
 
 
 def look(running: Running, baseline: Baseline) -> list[str]:
