@@ -1,7 +1,8 @@
 """The long form: ``python -m tests.soak --seed 1 --scale 0.1`` writes docs/reliability/.
 
 At scale 1: 5,000 steady requests, 10 minutes of kills, 5 of hangs, 5,000 requests half of which are
-cancelled, and each worker drained and replaced. Exit status 1 when something did not hold.
+cancelled, each worker drained and replaced; then the tests that have a long form, on clusters of
+their own (``long``, whatever the scale). Exit status 1 when something did not hold.
 """
 
 from __future__ import annotations
@@ -13,18 +14,22 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 from pdserve.cluster.ray_node import LOCAL, start_ray
 from tests.e2e.clusters import Clusters, Variant
 from tests.soak.cases import make_cases
+from tests.soak.long_forms import run_long_forms
 from tests.soak.phases import Result
 from tests.soak.report import Run, counters, failures, row, write
 from tests.soak.session import begin
 
 CASES = 200
 STREAMS = 64
-PHASES = ("steady", "kills", "hangs", "aborts", "rolling")
+LONG = "long"
+PHASES = ("steady", "kills", "hangs", "aborts", "rolling", LONG)
 # Silent for 2 s is suspect: with the 8 s that streams may pause, a hang of 12 s that nobody notices
 # breaks the bound. Suspect workers are killed after 30 s, so that one that hangs so long wakes.
 SETTINGS = ("timers.heartbeat_s=0.5", "timers.dead_after_s=2", "router.policy=round_robin")
@@ -49,23 +54,28 @@ def main() -> int:
     short = Path(tempfile.mkdtemp(prefix="pds-s"))
     node = start_ray(LOCAL, short / "ray", f"soak:{secrets.token_hex(8)}", threads=2)
     clusters = Clusters(short, node)
+    phases = asked.phases.split(",")
+    run = Run(f"python -m tests.soak {' '.join(sys.argv[1:])}", asked.seed, asked.scale)
     try:
-        return asyncio.run(soak(clusters, asked))
+        if phases != [LONG]:
+            run = asyncio.run(soak(clusters, asked, run))
     finally:
         clusters.stop()
         node.stop()
         shutil.rmtree(short, ignore_errors=True)
+    if LONG in phases:
+        run = replace(run, long_forms=run_long_forms(asked.seed))
+    print(f"report: {write(run, asked.report, asked.name)}")
+    return int(not run.held)
 
 
-async def soak(clusters: Clusters, asked: argparse.Namespace) -> int:
-    variant = Variant(
-        VARIANT.family, asked.transport, VARIANT.pool, prefill=2, decode=2, settings=SETTINGS
-    )
+async def soak(clusters: Clusters, asked: argparse.Namespace, run: Run) -> Run:
+    variant = replace(VARIANT, transport=asked.transport)
     running = clusters.get(variant)
     cases = make_cases(asked.seed, CASES)
     scale, part = asked.scale, STREAMS
     async with begin(running, clusters.oracle("llama"), cases, asked.seed) as (ready, confirmed):
-        steps = {
+        steps: dict[str, Callable[[], Awaitable[Result]]] = {
             "steady": lambda: ready.steady(part, int(5000 * scale)),
             "kills": lambda: ready.kills(part, 600 * scale),
             "hangs": lambda: ready.hangs(part, 300 * scale, hang_s=12.0, every=20.0),
@@ -73,24 +83,16 @@ async def soak(clusters: Clusters, asked: argparse.Namespace) -> int:
             "rolling": lambda: ready.rolling(part),
         }
         for name in asked.phases.split(","):
+            if name == LONG:
+                continue
             result = await steps[name]()
             print(row(result), counters(result), *failures([result]), sep="\n", flush=True)
             # After each phase: one that is cut short leaves what was found until then.
-            path = write(_run(asked, ready.results, confirmed), asked.report, asked.name)
-    print(f"report: {path}")
-    return int(any(result.broken for result in ready.results))
-
-
-def _run(asked: argparse.Namespace, results: list[Result], confirmed: int) -> Run:
-    return Run(
-        command=f"python -m tests.soak {' '.join(sys.argv[1:])}",
-        seed=asked.seed,
-        scale=asked.scale,
-        cluster=DESCRIBED.format(asked.transport),
-        cases=CASES,
-        confirmed=confirmed,
-        results=results,
-    )
+            described = DESCRIBED.format(asked.transport)
+            run = replace(run, cluster=described, cases=CASES, confirmed=confirmed)
+            run = replace(run, results=tuple(ready.results))
+            write(run, asked.report, asked.name)
+    return run
 
 
 if __name__ == "__main__":

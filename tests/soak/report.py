@@ -5,10 +5,12 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.soak.long_forms import LongForm
 from tests.soak.phases import Result
 from tests.soak.streams import Outcome
 
@@ -18,15 +20,22 @@ TEXT_SHOWN = 300
 
 @dataclass(frozen=True)
 class Run:
-    """What the figures are of."""
+    """What the figures are of, and as many of them as there are by now."""
 
     command: str
     seed: int
     scale: float
-    cluster: str
-    cases: int
-    confirmed: int
-    results: Sequence[Result]
+    cluster: str = ""
+    cases: int = 0
+    confirmed: int = 0
+    results: Sequence[Result] = ()
+    long_forms: Sequence[LongForm] = ()
+
+    @property
+    def held(self) -> bool:
+        return not any(result.broken for result in self.results) and all(
+            form.ending == "passed" for form in self.long_forms
+        )
 
 
 def machine() -> str:
@@ -40,6 +49,12 @@ def machine() -> str:
     )
 
 
+def revision() -> str:
+    asked = ["git", "describe", "--always", "--dirty"]
+    said = subprocess.run(asked, capture_output=True, text=True, check=False)
+    return said.stdout.strip() or "unknown"
+
+
 def write(run: Run, folder: Path, name: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{datetime.date.today():%Y-%m-%d}-{name}.md"
@@ -48,19 +63,27 @@ def write(run: Run, folder: Path, name: str) -> Path:
 
 
 def page(run: Run) -> str:
-    held = all(not result.broken for result in run.results)
     lines = [
-        f"# Soak of {datetime.date.today():%Y-%m-%d}: {'held' if held else 'did not hold'}",
+        f"# Soak of {datetime.date.today():%Y-%m-%d}: {'held' if run.held else 'did not hold'}",
         "",
         f"- Command: `{run.command}` (scale {run.scale:g} of the full length)",
         f"- Seed: {run.seed}",
+        f"- Revision: {revision()}",
         f"- Machine: {machine()}",
+        *(load_page(run) if run.results else ()),
+        *(long_page(run.long_forms) if run.long_forms else ()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def load_page(run: Run) -> list[str]:
+    return [
         f"- Cluster: {run.cluster}",
         f"- Oracle: {run.cases} (prompt, parameters), answered when calm; the {run.confirmed}"
         " greedy ones equal transformers' own answer",
         "",
         "| phase | load | s | requests | finished | cancelled | not as promised | per s |"
-        " first token p50 / p99 | longest gap | continued | faults | quiet after |",
+        " first token p50 / p99 / longest | longest gap | continued | faults | quiet after |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
         *(row(result) for result in run.results),
         "",
@@ -81,7 +104,26 @@ def page(run: Run) -> str:
         "",
         *(f"- {result.name}: {fault_log(result)}" for result in run.results if result.faults),
     ]
-    return "\n".join(lines) + "\n"
+
+
+def long_page(forms: Sequence[LongForm]) -> list[str]:
+    return [
+        "",
+        "## Long forms of tests",
+        "",
+        "Each on a cluster, a Redis or sockets of its own; PDSERVE_LONG=1.",
+        "",
+        "| test | ended | s | said |",
+        "|---|---|---|---|",
+        *(
+            f"| {form.name} | {form.ending} | {form.seconds:.0f} | {escaped(form.said)} |"
+            for form in forms
+        ),
+    ]
+
+
+def escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def row(result: Result) -> str:
@@ -98,7 +140,7 @@ def row(result: Result) -> str:
         str(endings["cancelled"]),
         str(sum(bool(o.wrong) for o in outcomes)),
         f"{len(outcomes) / result.seconds:.1f}",
-        f"{share(first, 0.5):.2f} / {share(first, 0.99):.2f}",
+        f"{share(first, 0.5):.2f} / {share(first, 0.99):.2f} / {share(first, 1.0):.2f}",
         f"{max((o.gap_s for o in outcomes), default=0):.2f}",
         str(sum(o.resumes > 0 for o in outcomes)),
         str(struck),
