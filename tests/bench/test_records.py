@@ -1,0 +1,48 @@
+"""Records of bench/: turns are taken, ratios and misses are what they say, files are whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench.record import Goal, Record, interleaved, ratio
+
+
+def test_cases_take_turns_and_the_warm_up_does_not_count() -> None:
+    order: list[str] = []
+
+    def case(name: str) -> float:
+        order.append(name)
+        return float(len(order))
+
+    found = interleaved({"a": lambda: case("a"), "b": lambda: case("b")}, repeats=2, warmup=1)
+    assert order == ["a", "b"] * 3
+    assert found == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
+
+
+def test_a_ratio_is_of_the_means_and_lies_in_its_interval() -> None:
+    found = ratio([2.0, 4.0, 6.0], [1.0, 2.0, 2.0])
+    assert found.value == pytest.approx(12 / 5)
+    assert found.low is not None
+    assert found.high is not None
+    assert 2.0 <= found.low <= found.value <= found.high <= 3.0
+    assert found.repeats == (2.0, 2.0, 3.0)
+    assert ratio([3.0], [2.0]).low is None
+    with pytest.raises(ValueError, match="2 and 1 repeats"):
+        ratio([1.0, 2.0], [1.0])
+
+
+def test_a_miss_is_named_and_kept(tmp_path: Path) -> None:
+    record = Record("sample", seed=7)
+    record.ratio("too slow", [1.0, 1.0], [4.0, 4.0], Goal(0.5))
+    record.value("fast", "ms", [1.0, 3.0], Goal(5, at_least=False))
+    assert [line.missed for line in record.lines] == [True, False]
+    assert "MISSED" in record.lines[0].text()
+    kept = json.loads(record.write(tmp_path).read_text("utf-8"))
+    assert [line["missed"] for line in kept["lines"]] == [True, False]
+    assert kept["lines"][1]["repeats"] == [1.0, 3.0]
+    assert kept["seed"] == 7
+    assert kept["machine"]["cores"] >= 1
+    assert [path.name for path in tmp_path.iterdir()] == ["sample.json"]
