@@ -13,7 +13,7 @@ from cache_tiers.kv_events import KvEventPublisher
 from cache_tiers.manager import TierManager
 from pdserve.config import CacheConfig
 from pdserve.engine.memory import PoolMemory
-from pdserve.types import Fingerprint, Tier
+from pdserve.types import Fingerprint, Tier, TierBlocks
 from pdserve.worker.boot import WorkerBoot
 from pdserve.worker.core import Ports
 
@@ -45,6 +45,7 @@ class WorkerCaches:
             tiers=self._manager,
             kv_events=publisher,
             degraded=self._degraded,
+            tier_blocks=self._tier_blocks,
             clear_tiers=self._clear,
             kv_events_address=publisher.address if publisher else "",
             kv_replay_address=publisher.replay_address if publisher else "",
@@ -58,6 +59,9 @@ class WorkerCaches:
 
     def _degraded(self) -> str:
         return self._manager.degraded() if self._manager is not None else ""
+
+    def _tier_blocks(self) -> TierBlocks:
+        return self._manager.blocks() if self._manager is not None else TierBlocks()
 
     def _clear(self, tiers: Sequence[Tier]) -> None:
         if self._manager is not None:

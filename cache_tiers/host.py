@@ -66,6 +66,12 @@ class HostTier:
         """Spans that fit."""
         return self._slots
 
+    @property
+    def count(self) -> int:
+        """Spans that can be found now."""
+        with self._lock:
+            return len(self._index)
+
     def contains(self, keys: Sequence[BlockKey]) -> list[bool]:
         with self._lock:
             return [key in self._index for key in keys]

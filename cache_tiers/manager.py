@@ -29,7 +29,7 @@ from cache_tiers.write_path import Clearing, SpanOf, UnpinSink, WriteCounts, Wri
 from pdserve.config import CacheConfig
 from pdserve.engine.api import TierRead, TierReadDone, WriteBack
 from pdserve.errors import TierError
-from pdserve.types import BlockKey, Fingerprint, Incarnation, Tier
+from pdserve.types import BlockKey, Fingerprint, Incarnation, Tier, TierBlocks
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +139,14 @@ class TierManager:
             queued_reads=self._readers.queued,
             writes=self._write_path.counts(),
             failures=self._readers.failures + self._write_path.failures,
+        )
+
+    def blocks(self) -> TierBlocks:
+        """For heartbeats."""
+        return TierBlocks(
+            host=self._host.count if self._host is not None else 0,
+            host_total=self._host.capacity if self._host is not None else 0,
+            redis_written=self._redis.stats().stored if self._redis is not None else 0,
         )
 
     def close(self, drain_s: float = DRAIN_S) -> None:

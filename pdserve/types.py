@@ -179,6 +179,15 @@ class WorkerFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class TierBlocks:
+    """What a worker's tiers below its device pool hold, in blocks."""
+
+    host: int = 0
+    host_total: int = 0
+    redis_written: int = 0  # since the worker started; what Redis dropped since is not known
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
     """A worker's own count of its work, from its last heartbeat."""
 
@@ -192,6 +201,7 @@ class Load:
     work_pending: bool = False
     draining: bool = False
     degraded: str = ""
+    tiers: TierBlocks = TierBlocks()
 
 
 @dataclass(frozen=True, slots=True)

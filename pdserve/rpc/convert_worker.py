@@ -16,6 +16,7 @@ from pdserve.types import (
     ModelFacts,
     Numerics,
     Role,
+    TierBlocks,
     WorkerFacts,
     WorkerId,
 )
@@ -116,6 +117,9 @@ def heartbeat_to_proto(incarnation: Incarnation, load: Load) -> worker_pb2.Heart
         draining=load.draining,
         waiting_tokens=load.waiting_tokens,
         degraded=load.degraded,
+        host_blocks=load.tiers.host,
+        host_blocks_total=load.tiers.host_total,
+        redis_blocks_written=load.tiers.redis_written,
     )
 
 
@@ -131,6 +135,11 @@ def heartbeat_from_proto(message: worker_pb2.Heartbeat) -> tuple[Incarnation, Lo
         work_pending=message.work_pending,
         draining=message.draining,
         degraded=message.degraded,
+        tiers=TierBlocks(
+            host=message.host_blocks,
+            host_total=message.host_blocks_total,
+            redis_written=message.redis_blocks_written,
+        ),
     )
 
 

@@ -71,7 +71,7 @@ class WatchRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Heartbeat(_message.Message):
-    __slots__ = ("incarnation", "engine_steps", "work_pending", "running", "waiting", "blocks_used", "blocks_cached", "blocks_total", "draining", "waiting_tokens", "degraded")
+    __slots__ = ("incarnation", "engine_steps", "work_pending", "running", "waiting", "blocks_used", "blocks_cached", "blocks_total", "draining", "waiting_tokens", "degraded", "host_blocks", "host_blocks_total", "redis_blocks_written")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ENGINE_STEPS_FIELD_NUMBER: _ClassVar[int]
     WORK_PENDING_FIELD_NUMBER: _ClassVar[int]
@@ -83,6 +83,9 @@ class Heartbeat(_message.Message):
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DEGRADED_FIELD_NUMBER: _ClassVar[int]
+    HOST_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    HOST_BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    REDIS_BLOCKS_WRITTEN_FIELD_NUMBER: _ClassVar[int]
     incarnation: bytes
     engine_steps: int
     work_pending: bool
@@ -94,7 +97,10 @@ class Heartbeat(_message.Message):
     draining: bool
     waiting_tokens: int
     degraded: str
-    def __init__(self, incarnation: _Optional[bytes] = ..., engine_steps: _Optional[int] = ..., work_pending: _Optional[bool] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., blocks_used: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., blocks_total: _Optional[int] = ..., draining: _Optional[bool] = ..., waiting_tokens: _Optional[int] = ..., degraded: _Optional[str] = ...) -> None: ...
+    host_blocks: int
+    host_blocks_total: int
+    redis_blocks_written: int
+    def __init__(self, incarnation: _Optional[bytes] = ..., engine_steps: _Optional[int] = ..., work_pending: _Optional[bool] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., blocks_used: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., blocks_total: _Optional[int] = ..., draining: _Optional[bool] = ..., waiting_tokens: _Optional[int] = ..., degraded: _Optional[str] = ..., host_blocks: _Optional[int] = ..., host_blocks_total: _Optional[int] = ..., redis_blocks_written: _Optional[int] = ...) -> None: ...
 
 class CheckIdleRequest(_message.Message):
     __slots__ = ()

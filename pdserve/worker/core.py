@@ -20,7 +20,7 @@ import grpc
 from pdserve.engine import api
 from pdserve.engine.build import build_engine
 from pdserve.errors import PdserveError
-from pdserve.types import ID_BYTES, Incarnation, Load, Tier, WorkerFacts
+from pdserve.types import ID_BYTES, Incarnation, Load, Tier, TierBlocks, WorkerFacts
 from pdserve.v1 import worker_pb2_grpc
 from pdserve.worker.boot import WorkerBoot
 from pdserve.worker.bridge import EngineBridge, KvEventPort, TierPort
@@ -40,6 +40,7 @@ class Ports:
     tiers: TierPort | None
     kv_events: KvEventPort | None
     degraded: Callable[[], str]
+    tier_blocks: Callable[[], TierBlocks]
     clear_tiers: Callable[[Sequence[Tier]], None]
     kv_events_address: str = ""
     kv_replay_address: str = ""
@@ -126,6 +127,7 @@ class WorkerCore:
             work_pending=counters.running > 0,
             draining=self.draining,
             degraded=self._ports.degraded(),
+            tiers=self._ports.tier_blocks(),
         )
 
     def drain(self, drain_s: float, busy: Callable[[], bool]) -> None:

@@ -14,7 +14,7 @@ from cache_tiers.fence import ForgetFence
 from cache_tiers.write_path import WriteLimits
 from pdserve.engine.api import TierReadDone, Unpin
 from pdserve.errors import TierError
-from pdserve.types import Incarnation, Tier
+from pdserve.types import Incarnation, Tier, TierBlocks
 
 H, R = Tier.HOST, Tier.REDIS
 
@@ -36,6 +36,8 @@ def test_host_first_then_redis_and_redis_hits_become_host_hits(
     assert second.read(keys) == [H] * 4 + [R] * 2
     assert second.manager.stats().hit_blocks == {H: 4, R: 6}
     assert second.manager.stats().wanted_blocks == 10
+    assert first.manager.blocks() == TierBlocks(host=6, host_total=16, redis_written=6)
+    assert second.manager.blocks() == TierBlocks(host=6, host_total=16)
     assert second.manager.degraded() == ""
 
 

@@ -22,6 +22,7 @@ from pdserve.types import (
     Numerics,
     Role,
     Sampling,
+    TierBlocks,
     TokenLogprob,
     TokenOut,
     TopLogprob,
@@ -102,6 +103,7 @@ loads = st.builds(
     work_pending=st.booleans(),
     draining=st.booleans(),
     degraded=text,
+    tiers=st.builds(TierBlocks, u32, u32, u64),
 )
 usages = st.builds(
     Usage,
