@@ -228,6 +228,31 @@ class LogConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class TracesConfig:
+    endpoint: str = opt(
+        "", "OTLP collector, gRPC: http://host:4317, https:// for TLS; empty exports nothing."
+    )
+    ratio: float = opt(
+        1.0,
+        "Share of the traces that begin here and are exported; others follow their caller's word.",
+        low=0,
+        high=1,
+    )
+    queue: int = opt(
+        512, "Ended requests that wait for export; more are dropped and counted.", low=1, high=65536
+    )
+    timeout_s: float = opt(10.0, "Longest export of one batch.", low=0.1, high=600)
+
+
+@dataclass(frozen=True, slots=True)
+class TelemetryConfig:
+    timelines: int = opt(
+        256, "Ended requests whose timeline GET /requests keeps.", low=0, high=65536
+    )
+    traces: TracesConfig = section(TracesConfig, "Export of traces; needs the extra [otel].")
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     name: str = opt("default", "The cluster's name on this machine.")
     state_dir: str = opt(
@@ -243,4 +268,5 @@ class Config:
     timers: TimersConfig = section(TimersConfig, "Liveness.")
     security: SecurityConfig = section(SecurityConfig, "Who may call.")
     log: LogConfig = section(LogConfig, "Logging.")
+    telemetry: TelemetryConfig = section(TelemetryConfig, "Timelines and traces.")
     testing: TestingConfig = section(TestingConfig, "For tests of the cluster itself.")

@@ -64,6 +64,15 @@ class ModelNotFound(PdserveError):
     openai_type = "invalid_request_error"
 
 
+class RequestNotFound(PdserveError):
+    """No request of this id, among those of this caller that are still known."""
+
+    code = "request_not_found"
+    grpc_status = grpc.StatusCode.NOT_FOUND
+    http_status = 404
+    openai_type = "invalid_request_error"
+
+
 class DuplicateRequest(PdserveError):
     code = "duplicate_request_id"
     grpc_status = grpc.StatusCode.ALREADY_EXISTS

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
+from pdserve.telemetry.trace_context import TraceContext
 from pdserve.types import (
     FinishReason,
     Load,
@@ -23,6 +24,9 @@ from pdserve.types import (
     WorkerFacts,
     WorkerState,
 )
+
+if TYPE_CHECKING:
+    from router.timelines import Timeline
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,8 @@ class Job:
     salt: bytes = b""  # of the principal and the request's cache_salt together
     priority: int = 0
     resume: bool = False
+    begun: float = 0.0  # when the request came, seconds of time.monotonic(); 0: not known
+    trace: TraceContext | None = None  # None: nobody asked for one
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +96,11 @@ class Dispatcher(Protocol):
         """
         ...
 
-    def generate(self, job: Job) -> AsyncIterator[Delta]:
-        """Raises PdserveError before or between deltas; closing the iterator cancels the job."""
+    def generate(self, job: Job, timeline: Timeline | None = None) -> AsyncIterator[Delta]:
+        """Raises PdserveError before or between deltas; closing the iterator cancels the job.
+
+        ``timeline``: told what happens, by the caller ended.
+        """
         ...
 
     def model(self) -> ModelFacts | None:

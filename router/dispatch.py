@@ -28,6 +28,7 @@ from pdserve.errors import (
 )
 from pdserve.rpc import convert
 from pdserve.rpc.deadlines import remaining_ms
+from pdserve.telemetry.timeline import PhaseName
 from pdserve.types import FinishReason, ModelFacts, WorkerId, WorkerState
 from pdserve.v1 import worker_pb2
 from router.api import Delta, Job, WorkerView
@@ -43,6 +44,7 @@ from router.recovery import Failure, GiveUp, History, Limits, decide
 from router.registry import Registry
 from router.relay import relay
 from router.request_log import Accepted, RequestLog
+from router.timelines import Timeline
 
 log = logging.getLogger(__name__)
 
@@ -124,8 +126,8 @@ class RequestDispatcher:
         doubt, self._doubt = self._doubt, False
         return doubt
 
-    def generate(self, job: Job) -> AsyncIterator[Delta]:
-        return self.run(job, force_pair=False)
+    def generate(self, job: Job, timeline: Timeline | None = None) -> AsyncIterator[Delta]:
+        return self.run(job, timeline, force_pair=False)
 
     # ---- stopping -------------------------------------------------------------------------------
 
@@ -142,9 +144,11 @@ class RequestDispatcher:
 
     # ---- one request ----------------------------------------------------------------------------
 
-    async def run(self, job: Job, *, force_pair: bool) -> AsyncIterator[Delta]:
+    async def run(
+        self, job: Job, timeline: Timeline | None = None, *, force_pair: bool
+    ) -> AsyncIterator[Delta]:
         """``force_pair``: hand over whenever a prefill worker lives (for the self-test)."""
-        request = self._admit(job)
+        request = self._admit(job, timeline)
         history = History()
         timer = asyncio.get_running_loop().call_later(
             job.deadline - time.monotonic(),
@@ -174,7 +178,7 @@ class RequestDispatcher:
                 if failure is not None:
                     history = await self._recover(request, history, failure)
                 else:
-                    self._lose(request)
+                    self._lose(request, "parked")
         except PdserveError as error:
             if request.running:
                 self._failed(request, error, own=force_pair)
@@ -185,12 +189,12 @@ class RequestDispatcher:
             self._book.close(request)
             self._recovered(request)
 
-    def _admit(self, job: Job) -> RequestLog:
+    def _admit(self, job: Job, timeline: Timeline | None) -> RequestLog:
         if self._stopping:
             raise Draining("the router is stopping")
         if job.deadline <= time.monotonic():
             raise DeadlineExceeded("the request's deadline had passed when it came")
-        request = RequestLog(job)
+        request = RequestLog(job, timeline)
         fenced = self._book.open(request)
         if fenced is not None:
             self.counters.takeovers += 1
@@ -211,6 +215,7 @@ class RequestDispatcher:
         its client can still go elsewhere.
         """
         timers = self._config.timers
+        request.timeline.enter(PhaseName.PLACE)
         patience = timers.start_timeout_s if request.attempts else timers.dead_after_s
         give_up = time.monotonic() + patience
         self._turn += 1
@@ -323,7 +328,7 @@ class RequestDispatcher:
         """Decides between another attempt and the end; raises for the latter."""
         self.counters.attempts_failed += 1
         self._recovered(request)
-        self._lose(request)
+        self._lose(request, failure.error.code)
         decision = decide(history, failure, self._limits)
         if isinstance(decision, GiveUp):
             raise decision.error
@@ -349,9 +354,9 @@ class RequestDispatcher:
             self._doubt = True
             self.doubted.set()
 
-    def _lose(self, request: RequestLog) -> None:
+    def _lose(self, request: RequestLog, why: str) -> None:
         self._drop_attempt(request)
-        request.lose()
+        request.lose(why)
 
     def _recovered(self, request: RequestLog) -> None:
         """Its place among those under recovery goes to the next, if it had one."""

@@ -21,6 +21,7 @@ from router.grpc_front import GrpcFront, start_grpc
 from router.http_front import HttpFront, start_http
 from router.model_files import load_model
 from router.service import Service
+from router.timelines import Timelines
 from router.tokens import TokenService
 
 log = logging.getLogger(__name__)
@@ -85,7 +86,8 @@ async def start_fronts(
     metrics.watch_workers(dispatcher.workers)
     if counters is not None:
         metrics.watch_counters(counters)
-    service = Service(config.router, tokens, dispatcher, metrics)
+    timelines = Timelines(config.telemetry.timelines)
+    service = Service(config.router, tokens, dispatcher, metrics, timelines)
     http = None
     try:
         http = await start_http(service, keys, tls, shutdown_s=CLOSE_S)

@@ -13,6 +13,7 @@ from pdserve.errors import ConfigError
 from router.auth import KeyRing, Tls
 from router.http_errors import errors
 from router.http_openai import OpenAiHandlers
+from router.http_requests import RequestHandlers
 from router.http_tools import ToolHandlers
 from router.service import Service
 
@@ -24,6 +25,7 @@ BACKLOG = 128
 def make_app(service: Service, keys: KeyRing) -> web.Application:
     openai = OpenAiHandlers(service, keys)
     tools = ToolHandlers(service, keys)
+    requests = RequestHandlers(service.timelines, keys)
     app = web.Application(middlewares=[errors], client_max_size=service.config.max_body_bytes)
     app.add_routes(
         [
@@ -38,6 +40,8 @@ def make_app(service: Service, keys: KeyRing) -> web.Application:
             web.get("/metrics", tools.metrics),
             web.get("/version", tools.version),
             web.get("/workers", tools.workers),
+            web.get("/requests", requests.requests),
+            web.get("/requests/{request_id}", requests.request),
         ]
     )
     return app

@@ -19,6 +19,7 @@ from cache_tiers.keys import KeyMaker
 from pdserve.errors import ProtocolError
 from pdserve.lifecycle import REQUEST, RequestEvent, RequestState
 from pdserve.rpc import convert
+from pdserve.telemetry.timeline import PhaseName
 from pdserve.types import (
     AttemptTokens,
     BlockKey,
@@ -35,6 +36,7 @@ from pdserve.v1 import worker_pb2
 from router.api import Delta, Job
 from router.attempt import Attempt
 from router.inbox import Inbox
+from router.timelines import Timeline
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +52,11 @@ class Accepted:
 class RequestLog:
     """One running request. Event loop only."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, timeline: Timeline | None = None) -> None:
+        """``timeline`` None: nobody will look at it."""
         self.job = job
+        self.timeline = timeline or Timeline(job)
+        self.timeline.watch(self.usage)
         self.inbox = Inbox()
         self.state = RequestState.ACCEPTED
         self.generated: list[int] = list(job.generated)
@@ -127,24 +132,37 @@ class RequestLog:
 
     def begin(self, attempt: Attempt) -> None:
         self._move(RequestEvent.PLACE)
+        placement = attempt.placement
+        self.timeline.leave("pair" if placement.skip is None else placement.skip.value)
+        self.timeline.enter(
+            PhaseName.ATTEMPT,
+            prefill_worker="" if placement.prefill is None else placement.prefill.facts.id,
+            decode_worker=placement.decode.facts.id,
+        )
         if self.attempts:
             self.resumes += 1
         self.attempts += 1
         self.attempt = attempt
         self._now = _HowMade(decode_worker=attempt.placement.decode.facts.id)
 
-    def lose(self) -> None:
+    def lose(self, why: str) -> None:
         """The attempt is over; the request is not."""
+        self.timeline.leave(why, self._made_by_attempt())
+        self.timeline.enter(PhaseName.RECOVER)
         self._move(RequestEvent.ATTEMPT_LOST)
         self._before = self._before.then(self._now)
         self._now = _HowMade()
         self.attempt = None
 
     def finish(self) -> None:
+        self.timeline.leave("finished", self._made_by_attempt())
         self._move(RequestEvent.FINISH)
 
     def fail(self) -> None:
         self._move(RequestEvent.FAIL)
+
+    def _made_by_attempt(self) -> int:
+        return 0 if self.attempt is None else len(self.generated) - self.attempt.started_at
 
     @property
     def running(self) -> bool:

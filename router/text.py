@@ -24,6 +24,7 @@ from router.api import Delta, Dispatcher, Job
 from router.detokenize import CONTEXT_IDS
 from router.requests import TextOptions
 from router.stop import Shown, StopMatcher
+from router.timelines import Timeline
 from router.tokens import TokenService
 
 # The dispatcher ends a job at its deadline with a reason; this is how long it may take to do so.
@@ -124,7 +125,11 @@ class Assembler:
 
 
 async def stream_text(
-    job: Job, options: TextOptions, dispatcher: Dispatcher, tokens: TokenService
+    job: Job,
+    options: TextOptions,
+    dispatcher: Dispatcher,
+    tokens: TokenService,
+    timeline: Timeline | None = None,
 ) -> AsyncGenerator[TextDelta, None]:
     """Raises PdserveError before or between deltas; closing the iterator cancels the job."""
     assembler = Assembler(job, options, tokens)
@@ -136,7 +141,7 @@ async def stream_text(
         usage = Usage(prompt_tokens=len(job.prompt), completion_tokens=assembler.count)
         yield TextDelta(len(job.generated), (), "", usage, FinishReason.STOP, stop)
         return
-    deltas = cast(AsyncGenerator[Delta, None], dispatcher.generate(job))
+    deltas = cast(AsyncGenerator[Delta, None], dispatcher.generate(job, timeline))
     async with contextlib.aclosing(deltas):
         while True:
             delta = await _next(deltas, job)

@@ -40,6 +40,7 @@ from pdserve.types import (
 from router.api import Delta, Job, WorkerView
 from router.boot import RouterBoot
 from router.fronts import start_fronts
+from router.timelines import Timeline
 
 SERVED = "tiny"
 CONTEXT = 256
@@ -167,7 +168,7 @@ class ScriptedDispatcher:
         load = Load(running=2, waiting=1, blocks_used=5, blocks_cached=7, blocks_total=64)
         return (WorkerView(facts, WorkerState.READY, load),)
 
-    async def generate(self, job: Job) -> AsyncIterator[Delta]:
+    async def generate(self, job: Job, timeline: Timeline | None = None) -> AsyncIterator[Delta]:
         self.jobs.append(job)
         self.open += 1
         try:

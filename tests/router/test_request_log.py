@@ -80,9 +80,9 @@ def test_usage_adds_up_over_attempts() -> None:
             chunks=[chunk],
         )
     )
-    request.lose()
+    request.lose("lost")
     opened("d1", request)
-    request.lose()  # that one said nothing
+    request.lose("lost")  # that one said nothing
     opened("d2", request)
     request.accept(
         event(
@@ -151,4 +151,4 @@ def test_events_out_of_order_of_life_are_our_own_bugs() -> None:
     with pytest.raises(IllegalTransition):
         request.accept(event(0, 1))
     with pytest.raises(IllegalTransition):
-        request.lose()
+        request.lose("lost")

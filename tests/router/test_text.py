@@ -146,7 +146,7 @@ class Broken:
         self.hang = hang
         self.closed = False
 
-    async def generate(self, _: Job):
+    async def generate(self, _: Job, timeline=None):
         try:
             if self.hang:
                 await asyncio.sleep(60)
