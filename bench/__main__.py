@@ -1,0 +1,63 @@
+"""``python -m bench [NAME...]``: runs measurements one after the other and keeps their results.
+
+Without names all run, shortest first, until ``--budget`` minutes are over; what was left out is
+said. A measurement that fails is told at the end, and the others still run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.record import RESULTS, Record
+
+# Each has a module here with ``run() -> Record``; in the order in which they run.
+MEASUREMENTS = {
+    "handoff": "KV blocks over shared memory and TCP, beside memcpy and a bare socket",
+    "redis_values": "the Redis tier beside pipelined redis-py",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("names", nargs="*", choices=[*MEASUREMENTS, []], metavar="NAME")
+    parser.add_argument("--list", action="store_true", help="tell what there is")
+    parser.add_argument("--budget", type=float, default=60.0, metavar="MINUTES")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER")
+    parsed = parser.parse_args(arguments)
+    if parsed.list:
+        for name, what in MEASUREMENTS.items():
+            print(f"{name:16} {what}")
+        return 0
+    return _run_all(parsed.names or list(MEASUREMENTS), parsed.budget * 60, parsed.out)
+
+
+def _run_all(names: Sequence[str], budget_s: float, out: Path) -> int:
+    end = time.monotonic() + budget_s
+    failed, left, missed = [], [], []
+    for name in names:
+        if time.monotonic() >= end:
+            left.append(name)
+            continue
+        print(f"== {name}: {MEASUREMENTS[name]}", flush=True)
+        try:
+            record: Record = importlib.import_module(f"bench.{name}").run()
+        except Exception:  # the other measurements do not depend on this one
+            traceback.print_exc()
+            failed.append(name)
+            continue
+        missed += [f"{name}: {line.text()}" for line in record.lines if line.missed]
+        print(f"kept in {record.write(out)}", flush=True)
+    for title, lines in (("missed", missed), ("failed", failed), ("no time left for", left)):
+        for line in lines:
+            print(f"{title}: {line}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

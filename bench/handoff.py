@@ -1,0 +1,109 @@
+"""Hand-off of KV blocks, checksums included, beside memcpy and a bare socket loop.
+
+One turn moves the same blocks by each of four ways: shared memory, memcpy, TCP, a bare socket. The
+checksum that the receiver compares is part of a read; the sender's, made once when a block is
+final, is measured on its own and added in a line of its own.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from bench.peer import FINGERPRINT, SOCKET_BUFFER, TOKEN, Peer, new_pool, running_peer
+from bench.record import Goal, Record, interleaved
+from kv_transfer.readers import ReaderPool
+from pdserve.config import TransferConfig
+from pdserve.engine.memory import PoolMemory
+from pdserve.types import Transport
+
+SPAN = 368_640  # SmolLM2: 16 tokens, 30 layers, 3 heads of 64, keys and values, bfloat16
+BLOCK_TOKENS = 16
+BLOCKS = 256  # 94 MB: larger than the caches of a processor
+REPEATS = 9
+GROWTH_BLOCKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+def run() -> Record:
+    record = Record("handoff")
+    with running_peer(BLOCKS, SPAN) as peer:
+        pool = new_pool(BLOCKS, SPAN)
+        shm, shm_readers = _reading(peer, pool, Transport.SHM)
+        tcp, tcp_readers = _reading(peer, pool, Transport.TCP)
+        source = np.ones(BLOCKS * SPAN, dtype=np.uint8)
+        target = np.zeros(BLOCKS * SPAN, dtype=np.uint8)
+        with socket.create_connection(("127.0.0.1", peer.socket_port)) as bare:
+            found = interleaved(
+                {
+                    "shm": lambda: _rate(lambda: shm(BLOCKS)),
+                    "memcpy": lambda: _rate(lambda: np.copyto(target, source)),
+                    "offer": lambda: _rate(lambda: peer.offers(BLOCKS)),
+                    "tcp": lambda: _rate(lambda: tcp(BLOCKS)),
+                    "socket": lambda: _rate(_bare_reading(bare, target.data)),
+                },
+                REPEATS,
+            )
+        record.notes["growth"] = {"shm": _growth(shm), "tcp": _growth(tcp)}
+        for readers in (shm_readers, tcp_readers):
+            readers.close()
+        pool.close()
+    for name, rates in found.items():
+        record.value(name, "GB/s", rates)
+    record.ratio(
+        "shared memory, read and verified / memcpy", found["shm"], found["memcpy"], Goal(0.5)
+    )
+    both = [1 / (1 / a + 1 / b) for a, b in zip(found["shm"], found["offer"], strict=True)]
+    record.ratio("the same with the sender's checksum / memcpy", both, found["memcpy"])
+    record.ratio(
+        "TCP loopback, read and verified / bare socket", found["tcp"], found["socket"], Goal(0.7)
+    )
+    return record
+
+
+def _reading(
+    peer: Peer, pool: PoolMemory, transport: Transport
+) -> tuple[Callable[[int], None], ReaderPool]:
+    """Reads so many blocks of the peer, by the product's own reader."""
+    config = TransferConfig(transports=(transport.value,))
+    readers = ReaderPool(pool, FINGERPRINT, config, TOKEN)
+    reader = readers.reader_for(peer.endpoint)
+    offers = peer.offers(BLOCKS)
+
+    def read(count: int) -> None:
+        reader.read(offers[:count], range(count), time.monotonic() + 60)
+
+    return read, readers
+
+
+def _bare_reading(sock: socket.socket, into: memoryview) -> Callable[[], None]:
+    def read() -> None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER)
+        sock.sendall(b"!")
+        at = 0
+        while at < into.nbytes:
+            at += sock.recv_into(into[at : at + SPAN])
+
+    return read
+
+
+def _rate(move: Callable[[], object]) -> float:
+    """GB/s of all blocks."""
+    began = time.perf_counter()
+    move()
+    return BLOCKS * SPAN / (time.perf_counter() - began) / 1e9
+
+
+def _growth(read: Callable[[int], None]) -> dict[str, list[float]]:
+    """Seconds of one hand-off against its tokens: the median of a few."""
+    seconds = []
+    for count in GROWTH_BLOCKS:
+        times = []
+        for _ in range(7):
+            began = time.perf_counter()
+            read(count)
+            times.append(time.perf_counter() - began)
+        seconds.append(float(np.median(times)))
+    return {"tokens": [float(BLOCK_TOKENS * count) for count in GROWTH_BLOCKS], "seconds": seconds}

@@ -1,0 +1,92 @@
+"""The other end of a hand-off that is measured: a process with a pool that can be read.
+
+with running_peer(blocks, span) as peer:   its pool is filled and exported
+    peer.offers(blocks)                    asks for offers; the peer computes the checksums
+    peer.socket_port                       a bare socket loop over as many bytes, to compare with
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+import torch
+
+from kv_transfer.base import BlockOffer, Endpoint
+from kv_transfer.exporter import PoolExporter
+from pdserve.engine.memory import PoolMemory, allocate_shared
+from pdserve.types import Fingerprint, Incarnation, Transport
+
+TOKEN = "the token of a measurement"
+FINGERPRINT = Fingerprint(bytes(range(32)))
+SOCKET_BUFFER = 4 * 2**20
+_processes = multiprocessing.get_context("spawn")
+
+
+def new_pool(blocks: int, span: int) -> PoolMemory:
+    return allocate_shared(blocks, span, Incarnation(os.urandom(16)))
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    endpoint: Endpoint
+    socket_port: int
+    _pipe: Connection
+
+    def offers(self, count: int) -> tuple[BlockOffer, ...]:
+        """Of the first ``count`` blocks."""
+        self._pipe.send(count)
+        offers: tuple[BlockOffer, ...] = self._pipe.recv()
+        return offers
+
+
+@contextlib.contextmanager
+def running_peer(blocks: int, span: int) -> Iterator[Peer]:
+    ours, theirs = _processes.Pipe()
+    process = _processes.Process(target=_serve, args=(theirs, blocks, span), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        endpoint, port = ours.recv()
+        yield Peer(endpoint, port, ours)
+    finally:
+        ours.close()
+        process.join(10)
+        process.kill()
+
+
+def _serve(pipe: Connection, blocks: int, span: int) -> None:
+    pool = new_pool(blocks, span)
+    pool.blocks.random_(0, 256)
+    transports = (Transport.SHM, Transport.TCP)
+    exporter = PoolExporter(pool, FINGERPRINT, "127.0.0.1", TOKEN, transports)
+    pipe.send((exporter.endpoint(), _bare_sender(pool.blocks, span)))
+    with contextlib.suppress(EOFError):
+        while True:
+            pipe.send(exporter.offers(0, list(range(pipe.recv()))))
+    exporter.close()
+    pool.close()
+
+
+def _bare_sender(data: torch.Tensor, span: int) -> int:
+    """Sends all of ``data``, span by span, to whoever connects, each time a byte asks for it."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    view = data.view(-1).numpy().data
+
+    def send() -> None:
+        sock, _ = listener.accept()
+        with sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER)
+            while sock.recv(1):
+                for start in range(0, view.nbytes, span):
+                    sock.sendall(view[start : start + span])
+
+    threading.Thread(target=send, daemon=True).start()
+    port: int = listener.getsockname()[1]
+    return port
