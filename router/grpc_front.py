@@ -6,6 +6,9 @@ Handlers raise PdserveError; the interceptor makes status, text and trailers of 
 its call's own task, so a client that hangs up cancels its job at once. One that reads nothing holds
 up its own call alone, and until the deadline only: then the job is over, and the status waits for
 its reader.
+
+A call above the limit of its connection is refused here, with a status that says so and when to
+come back: gRPC's own limit makes a client wait without a word, so it lies well above.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Iterator
 
 import grpc
 import grpc.aio
@@ -27,6 +31,7 @@ from router import grpc_requests
 from router.api import Principal
 from router.auth import KeyRing, Tls
 from router.service import Service
+from router.stream_limit import StreamLimit
 
 SERVICE = "pdserve.v1.Inference"
 # A client may ask for a longer deadline than the default, but not for none at all.
@@ -34,6 +39,9 @@ MAX_DEADLINE_S = 7 * 86400.0
 # The job itself ends at the deadline; a client that reads has got the reason by then.
 GRACE_S = 0.5
 MAX_METADATA_BYTES = 16 * 1024
+# Streams of one connection that gRPC admits beyond our limit, for us to refuse; health and
+# reflection have theirs among them.
+SPARE_STREAMS = 4096
 
 
 def _serialize(message: inference_pb2.GenerateResponse) -> bytes:
@@ -46,8 +54,13 @@ class InferenceHandlers:
     def __init__(self, service: Service, keys: KeyRing) -> None:
         self._service = service
         self._keys = keys
+        self._streams = StreamLimit(service.config.max_connections)
 
     async def generate(self, data: bytes, context: grpc.aio.ServicerContext) -> None:
+        with self._place(context):
+            await self._generate(data, context)
+
+    async def _generate(self, data: bytes, context: grpc.aio.ServicerContext) -> None:
         """Writes the responses itself, so that a write that nobody reads ends as well."""
         deadline = time.monotonic() + self._remaining_s(context)
         with self._service.accepting():
@@ -71,10 +84,11 @@ class InferenceHandlers:
     async def tokenize(
         self, data: bytes, context: grpc.aio.ServicerContext
     ) -> inference_pb2.TokenizeResponse:
-        self._principal(context)
-        message = grpc_requests.parse(inference_pb2.TokenizeRequest, data)
-        validator = self._service.validator
-        ids = await validator.encode(grpc_requests.tokenize_prompt(message))
+        with self._place(context):
+            self._principal(context)
+            message = grpc_requests.parse(inference_pb2.TokenizeRequest, data)
+            validator = self._service.validator
+            ids = await validator.encode(grpc_requests.tokenize_prompt(message))
         return inference_pb2.TokenizeResponse(
             token_ids=ids, max_model_len=validator.limits().max_model_len
         )
@@ -91,6 +105,17 @@ class InferenceHandlers:
             limits.vocab_size,
             self._service.dispatcher.model(),
         )
+
+    @contextlib.contextmanager
+    def _place(self, context: grpc.aio.ServicerContext) -> Iterator[None]:
+        """One of the places of the caller's connection, for as long as the call runs."""
+        connection = context.peer()
+        with self._service.accepting():
+            self._streams.take(connection)
+        try:
+            yield
+        finally:
+            self._streams.give_back(connection)
 
     def _principal(self, context: grpc.aio.ServicerContext) -> Principal:
         for name, value in context.invocation_metadata() or ():
@@ -150,7 +175,7 @@ async def start_grpc(service: Service, keys: KeyRing, tls: Tls | None) -> GrpcFr
             ("grpc.max_receive_message_length", config.max_body_bytes),
             ("grpc.max_send_message_length", -1),
             ("grpc.so_reuseport", 0),
-            ("grpc.max_concurrent_streams", config.max_connections),
+            ("grpc.max_concurrent_streams", config.max_connections + SPARE_STREAMS),
             ("grpc.max_metadata_size", MAX_METADATA_BYTES),
             ("grpc.absolute_max_metadata_size", 2 * MAX_METADATA_BYTES),
             # Clients may ping idle connections; proxies between us drop silent ones.

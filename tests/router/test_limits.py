@@ -12,6 +12,8 @@ from fronts_world import running_world
 from http_talk import call, post
 
 from pdserve.config import RouterConfig
+from pdserve.errors import Overloaded
+from pdserve.rpc.status import from_rpc_error
 from pdserve.v1 import inference_pb2 as pb
 from pdserve.v1 import inference_pb2_grpc as pb_grpc
 
@@ -89,31 +91,47 @@ def test_grpc_has_a_longest_message_and_most_metadata(narrow) -> None:
         assert list(stub.Generate(request, timeout=10))
 
 
-def _answered(call: Iterable[pb.GenerateResponse]) -> bool:
-    """Whether it was. What becomes of a stream above the limit is gRPC's own: it waits, it may be
-    refused when it opens just as another closes, and it may wait until its deadline."""
+def _outcome(call: Iterable[pb.GenerateResponse]) -> str:
+    """``tokens`` or ``refused``; nothing else may become of a stream."""
     try:
-        return bool(list(call))
-    except grpc.RpcError as error:
-        if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-            raise
-        return False
+        tokens = sum(len(message.token_ids) for message in call)
+    except grpc.RpcError as raised:
+        refusal = from_rpc_error(raised)
+    else:
+        assert tokens == 2
+        return "tokens"
+    assert isinstance(refusal, Overloaded), refusal
+    assert refusal.retry_after_s, "a refusal says when to come back"
+    return "refused"
 
 
-def test_streams_above_the_limit_of_a_connection_never_run(narrow) -> None:
-    narrow.dispatcher.pause_s = 0.2
+def test_streams_above_the_limit_of_a_connection_are_refused_and_never_run(narrow) -> None:
+    """Every stream of three times the limit is answered at once: by tokens, or by a typed no."""
+    narrow.dispatcher.pause_s = 0.3
     request = pb.GenerateRequest(text="x", sampling=pb.SamplingParams(max_tokens=2))
     most = 0
+    own = [("grpc.use_local_subchannel_pool", 1)]
     try:
-        with grpc.insecure_channel(narrow.grpc) as channel:
+        with (
+            grpc.insecure_channel(narrow.grpc, own) as channel,
+            grpc.insecure_channel(narrow.grpc, own) as neighbour,
+        ):
             stub = pb_grpc.InferenceStub(channel)
-            calls = [stub.Generate(request, timeout=8) for _ in range(3 * ROOM)]
-            end = time.monotonic() + 1.0
-            while time.monotonic() < end:
+            began = time.monotonic()
+            calls = [stub.Generate(request, timeout=20) for _ in range(3 * ROOM)]
+            while time.monotonic() < began + 0.3:
                 most = max(most, narrow.dispatcher.open)
                 time.sleep(0.01)
-            answered = sum(_answered(one) for one in calls)
+            # The limit is each connection's own.
+            assert _outcome(pb_grpc.InferenceStub(neighbour).Generate(request)) == "tokens"
+            outcomes = [_outcome(one) for one in calls]
+            assert time.monotonic() - began < 5, "nothing waited for a deadline"
+            # Their places are free again, all of them.
+            assert narrow.idle()
+            again = [_outcome(one) for one in [stub.Generate(request) for _ in range(ROOM)]]
     finally:
         narrow.dispatcher.pause_s = 0.0
-    assert 0 < most <= ROOM
-    assert answered >= ROOM
+    assert most == ROOM
+    assert outcomes.count("tokens") >= ROOM
+    assert outcomes.count("refused") >= ROOM
+    assert again == ["tokens"] * ROOM
