@@ -7,7 +7,7 @@ caches.close()                                      after the engine stopped
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from cache_tiers.kv_events import KvEventPublisher
 from cache_tiers.manager import TierManager
@@ -63,6 +63,5 @@ class WorkerCaches:
     def _tier_blocks(self) -> TierBlocks:
         return self._manager.blocks() if self._manager is not None else TierBlocks()
 
-    def _clear(self, tiers: Sequence[Tier]) -> None:
-        if self._manager is not None:
-            self._manager.clear(tiers)
+    def _clear(self, tiers: Sequence[Tier]) -> Mapping[Tier, int]:
+        return self._manager.clear(tiers) if self._manager is not None else {}

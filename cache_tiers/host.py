@@ -147,10 +147,13 @@ class HostTier:
             for key in gone:
                 self._unlist(key)
 
-    def clear(self) -> None:
+    def clear(self) -> int:
+        """How many spans were there."""
         with self._lock:
+            count = len(self._index)
             for key in list(self._index):
                 self._unlist(key)
+            return count
 
     def stats(self) -> TierStats:
         with self._lock:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from cache_tiers.base import TierStats
@@ -107,10 +107,11 @@ class TierManager:
         """What that process wrote reads as a miss from now on, everywhere."""
         self._read_path.revoke(incarnation)
 
-    def clear(self, tiers: Iterable[Tier]) -> None:
+    def clear(self, tiers: Iterable[Tier]) -> Mapping[Tier, int]:
         """Deletes everything in ``tiers`` that was given before this call. Blocks.
 
-        Redis loses the values of this fingerprint alone. TierError when one cannot be cleared.
+        Returns how many blocks each tier lost; one that is off is not named. Redis loses the values
+        of this fingerprint alone. TierError when one cannot be cleared.
         """
         clearing = Clearing(frozenset(tiers))
         self._write_path.clear(clearing)
@@ -118,6 +119,7 @@ class TierManager:
             raise TierError(f"the tiers were not cleared within {CLEAR_S:g} s")
         if clearing.errors:
             raise clearing.errors[0]
+        return clearing.blocks
 
     def quiesce(self, timeout: float) -> bool:
         """Whether every job given so far ended, down to Redis, within ``timeout`` seconds."""

@@ -153,8 +153,12 @@ class RedisTier:
             request = command(b"UNLINK", *(self._name(key) for key in part))
             self._link.exchange(Direction.WRITE, [request], 1, self._timeout(0))
 
-    def clear(self) -> None:
-        """Deletes every value of this fingerprint, and nothing else that the server holds."""
+    def clear(self) -> int:
+        """Deletes every value of this fingerprint, and nothing else that the server holds.
+
+        Returns how many that were.
+        """
+        count = 0
         deadline = time.monotonic() + _CLEAR_S
         cursor = b"0"
         while time.monotonic() < deadline:
@@ -163,9 +167,10 @@ class RedisTier:
             cursor, names = _scan_reply(reply)
             for part in _split(names, _NAMES_PER_COMMAND):
                 request = command(b"UNLINK", *part)
-                self._link.exchange(Direction.WRITE, [request], 1, self._timeout(0))
+                (gone,) = self._link.exchange(Direction.WRITE, [request], 1, self._timeout(0))
+                count += gone if isinstance(gone, int) else 0
             if cursor == b"0":
-                return
+                return count
         raise TierError(f"clearing Redis took longer than {_CLEAR_S:g} s")
 
     def ping(self) -> None:

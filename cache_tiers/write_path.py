@@ -63,6 +63,7 @@ class Clearing:
     tiers: frozenset[Tier]
     ended: threading.Event = field(default_factory=threading.Event)
     errors: list[TierError] = field(default_factory=list)
+    blocks: dict[Tier, int] = field(default_factory=dict)  # that each tier lost
 
     def fail(self, error: TierError) -> None:
         self.errors.append(error)
@@ -169,7 +170,7 @@ class WritePath:
                 self._fence.end(job.keys)
         else:
             if self._host is not None and Tier.HOST in job.tiers:
-                self._host.clear()
+                job.blocks[Tier.HOST] = self._host.clear()
             if self._sender is None or Tier.REDIS not in job.tiers:
                 job.ended.set()
             elif not self._sender.post(job):
@@ -214,7 +215,7 @@ class WritePath:
             self._delete(job.keys)
         elif isinstance(job, Clearing):
             try:
-                self._redis.clear()
+                job.blocks[Tier.REDIS] = self._redis.clear()
             except TierError as error:
                 job.fail(error)
             else:

@@ -39,6 +39,14 @@ class WorkerState(enum.Enum):
     DEAD = "dead"
 
 
+class Duty(enum.Enum):
+    """What the owner of a cluster wants of a worker; outlives its incarnations."""
+
+    SERVE = "serve"
+    DRAIN = "drain"  # no new work
+    LEAVE = "leave"  # what still runs there goes on elsewhere
+
+
 class Numerics(enum.Enum):
     FAST = "fast"
     EXACT = "exact"

@@ -24,12 +24,11 @@ from pdserve.errors import (
     NoWorker,
     Overloaded,
     PdserveError,
-    WorkerLost,
 )
 from pdserve.rpc import convert
 from pdserve.rpc.deadlines import remaining_ms
 from pdserve.telemetry.timeline import PhaseName
-from pdserve.types import FinishReason, ModelFacts, WorkerId, WorkerState
+from pdserve.types import FinishReason, ModelFacts, WorkerId
 from pdserve.v1 import worker_pb2
 from router.api import Delta, Job, WorkerView
 from router.attempt import Attempt
@@ -51,7 +50,6 @@ log = logging.getLogger(__name__)
 
 # Failures that say nothing about whether the next request succeeds.
 _NO_DOUBT = (Cancelled, DeadlineExceeded, Draining, InvalidRequest, Overloaded)
-_LOST = (WorkerState.SUSPECT, WorkerState.DEAD)
 
 
 class RequestDispatcher:
@@ -313,8 +311,7 @@ class RequestDispatcher:
             awaited = None if attempt is None else attempt.awaited
             if attempt is None or awaited is None:
                 continue
-            if self._registry.state(awaited) in _LOST:
-                error = WorkerLost(f"prefill worker {awaited.id} fell silent")
+            if (error := self._registry.lost(awaited)) is not None:
                 request.inbox.put(AttemptLost(attempt.id, error, blame_prefill=True))
 
     def _drop_attempt(self, request: RequestLog) -> None:

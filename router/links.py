@@ -3,6 +3,7 @@
     joined     channel, Watch stream; with it a session once a decoding worker is ready
     suspect    the session is closed at once, so that its requests move on; Watch goes on listening
     ready      a new session
+    to leave   the session is closed, so that its requests go on elsewhere
     gone       everything is closed
 
 One channel carries both streams of a worker.
@@ -18,11 +19,11 @@ import grpc
 import grpc.aio
 
 from pdserve.config import TimersConfig
-from pdserve.errors import PdserveError, StaleIncarnation, WorkerLost
+from pdserve.errors import Draining, PdserveError, StaleIncarnation, WorkerLost
 from pdserve.rpc import convert
 from pdserve.rpc.channels import from_rpc_error, make_channel
 from pdserve.rpc.identity import Identity
-from pdserve.types import AttemptId, Incarnation, Role, WorkerFacts, WorkerState
+from pdserve.types import AttemptId, Duty, Incarnation, Role, WorkerFacts, WorkerState
 from pdserve.v1 import worker_pb2, worker_pb2_grpc
 from router.counters import Counters
 from router.inbox import AttemptLost, Inbox
@@ -85,6 +86,8 @@ class Links:
             state = self._registry.state(facts)
             if state is WorkerState.SUSPECT:
                 link.fence(WorkerLost(f"worker {facts.id} is suspect"))
+            elif self._registry.duty(facts) is Duty.LEAVE:
+                link.fence(Draining(f"worker {facts.id} is to be idle"))
             elif state in _SERVING and facts.role is not Role.PREFILL:
                 link.open_session()
 

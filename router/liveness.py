@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from pdserve.config import TimersConfig
 from pdserve.lifecycle import WORKER, WorkerEvent
-from pdserve.types import Load, WorkerFacts, WorkerState
+from pdserve.types import Duty, Load, WorkerFacts, WorkerState
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +28,31 @@ class WorkerRecord:
     progress_at: float
     load: Load = Load()
     died_at: float = 0.0
+    duty: Duty = Duty.SERVE
+
+    @property
+    def drains(self) -> bool:
+        """Whether its owner or the worker itself wants no new work there."""
+        return self.duty is not Duty.SERVE or self.load.draining
 
 
-def new_record(facts: WorkerFacts, now: float) -> WorkerRecord:
-    return WorkerRecord(facts, WorkerState.STARTING, heard_at=now, progress_at=now)
+def new_record(facts: WorkerFacts, now: float, duty: Duty = Duty.SERVE) -> WorkerRecord:
+    return WorkerRecord(facts, WorkerState.STARTING, heard_at=now, progress_at=now, duty=duty)
+
+
+def told(record: WorkerRecord, duty: Duty) -> WorkerRecord:
+    """Its owner says what it wants of it; one that is not heard now follows when it is."""
+    if record.duty is duty:
+        return record
+    return _drained(replace(record, duty=duty))
+
+
+def _drained(record: WorkerRecord) -> WorkerRecord:
+    if record.drains and record.state is WorkerState.READY:
+        return _step(record, WorkerEvent.DRAIN)
+    if not record.drains and record.state is WorkerState.DRAINING:
+        return _step(record, WorkerEvent.UNDRAIN)
+    return record
 
 
 def _step(record: WorkerRecord, event: WorkerEvent) -> WorkerRecord:
@@ -47,12 +68,7 @@ def heard(record: WorkerRecord, load: Load, now: float, timers: TimersConfig) ->
     record = replace(record, load=load, heard_at=now, progress_at=progress_at)
     if now - progress_at > timers.stuck_after_s:
         return _step(record, WorkerEvent.NO_PROGRESS)
-    record = _step(record, WorkerEvent.HEARTBEAT)
-    if load.draining:
-        return _step(record, WorkerEvent.DRAIN)
-    if record.state is WorkerState.DRAINING:
-        return _step(record, WorkerEvent.UNDRAIN)
-    return record
+    return _drained(_step(record, WorkerEvent.HEARTBEAT))
 
 
 def checked(record: WorkerRecord, now: float, timers: TimersConfig) -> WorkerRecord:

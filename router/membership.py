@@ -21,11 +21,23 @@ class MembershipService(worker_pb2_grpc.MembershipServicer):
     async def SetWorkers(
         self, request: worker_pb2.SetWorkersRequest, _context: grpc.aio.ServicerContext
     ) -> worker_pb2.SetWorkersResponse:
-        if len(request.workers) > MAX_WORKERS:
-            raise ProtocolError(f"workers: {len(request.workers)}, more than {MAX_WORKERS}")
+        for name in ("workers", "plan"):
+            if (count := len(getattr(request, name))) > MAX_WORKERS:
+                raise ProtocolError(f"{name}: {count}, more than {MAX_WORKERS}")
         workers = [convert.worker_facts_from_proto(worker) for worker in request.workers]
         ids = {worker.id for worker in workers}
         if len(ids) != len(workers):
             raise ProtocolError("workers: an id occurs twice")
-        self._registry.set_workers(workers)
+        plan = convert.plan_from_proto(request.plan)
+        self._registry.set_workers(workers, plan)
         return worker_pb2.SetWorkersResponse()
+
+    async def InFlight(
+        self, request: worker_pb2.InFlightRequest, _context: grpc.aio.ServicerContext
+    ) -> worker_pb2.InFlightResponse:
+        return worker_pb2.InFlightResponse(
+            workers=[
+                worker_pb2.WorkerAttempts(id=worker, attempts=count)
+                for worker, count in self._registry.in_flight().items()
+            ]
+        )

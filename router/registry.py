@@ -15,11 +15,13 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from pdserve.config import TimersConfig
+from pdserve.errors import Draining, PdserveError, WorkerLost
 from pdserve.types import (
+    Duty,
     Incarnation,
     Load,
     ModelFacts,
@@ -75,6 +77,26 @@ class Registry:
         """Workers whose owner says that they exist, whatever their state."""
         return tuple(r.facts for r in self._records.values() if r.state is not WorkerState.DEAD)
 
+    def duty(self, facts: WorkerFacts) -> Duty:
+        record = self._current(facts.id, facts.incarnation)
+        return Duty.SERVE if record is None else record.duty
+
+    def in_flight(self) -> Mapping[WorkerId, int]:
+        """The router's attempts on each worker that lives."""
+        return {
+            r.facts.id: work.in_flight
+            for r in self._records.values()
+            if (work := self._work.get(r.facts.incarnation)) is not None
+        }
+
+    def lost(self, facts: WorkerFacts) -> PdserveError | None:
+        """Why nobody should wait for this incarnation any more; None while one may."""
+        if self.state(facts) in (WorkerState.SUSPECT, WorkerState.DEAD):
+            return WorkerLost(f"{facts.role.value} worker {facts.id} fell silent")
+        if self.duty(facts) is Duty.LEAVE:
+            return Draining(f"{facts.role.value} worker {facts.id} is to be idle")
+        return None
+
     def state(self, facts: WorkerFacts) -> WorkerState:
         record = self._current(facts.id, facts.incarnation)
         return WorkerState.DEAD if record is None else record.state
@@ -86,8 +108,15 @@ class Registry:
 
     # ---- membership and liveness ----------------------------------------------------------------
 
-    def set_workers(self, workers: Iterable[WorkerFacts]) -> None:
-        """These exist and no others. A new incarnation replaces the old one of the same id."""
+    def set_workers(
+        self, workers: Iterable[WorkerFacts], plan: Mapping[WorkerId, Duty] | None = None
+    ) -> None:
+        """These exist and no others. A new incarnation replaces the old one of the same id.
+
+        ``plan``: who is to exist, and for what. Who is in neither is forgotten; without a plan
+        nobody is, and all serve.
+        """
+        plan = plan or {}
         now = self._clock()
         wanted = {facts.id: facts for facts in workers}
         changed = False
@@ -96,8 +125,11 @@ class Registry:
                 changed |= self._put(liveness.gone(record, now))
         for facts in wanted.values():
             old = self._records.get(facts.id)
+            duty = plan.get(facts.id, Duty.SERVE)
             if old is not None and old.facts.incarnation == facts.incarnation:
                 # An incarnation that was declared gone does not come back.
+                changed |= old.duty is not duty
+                self._put(liveness.told(old, duty))
                 continue
             if old is not None:
                 self._work.pop(old.facts.incarnation, None)
@@ -108,8 +140,12 @@ class Registry:
                 facts.pid,
                 facts.incarnation.hex()[:8],
             )
-            self._records[facts.id] = liveness.new_record(facts, now)
+            self._records[facts.id] = liveness.new_record(facts, now, duty)
             changed = True
+        if plan:
+            for worker_id in self._records.keys() - plan.keys() - wanted.keys():
+                self._work.pop(self._records.pop(worker_id).facts.incarnation, None)
+                changed = True
         if changed:
             self._notify()
 

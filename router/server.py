@@ -18,7 +18,8 @@ import grpc.aio
 
 from cache_tiers.keys import KeyMaker
 from pdserve.rpc.channels import bind, make_server
-from pdserve.v1 import worker_pb2_grpc
+from pdserve.telemetry.log_service import LoggingService
+from pdserve.v1 import admin_pb2_grpc, worker_pb2_grpc
 from router.boot import RouterBoot
 from router.counters import Counters
 from router.dispatch import RequestDispatcher
@@ -72,6 +73,7 @@ class RouterServer:
         worker_pb2_grpc.add_MembershipServicer_to_server(
             MembershipService(self._registry), self._internal
         )
+        admin_pb2_grpc.add_LoggingServicer_to_server(LoggingService(), self._internal)
         port = bind(self._internal, self._boot.internal_address, self._boot.identity.tls)
         await self._internal.start()
         self._fronts = await start_fronts(

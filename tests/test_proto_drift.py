@@ -31,7 +31,7 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_proto_has_its_stubs_and_no_stub_is_left_over(fresh: Path) -> None:
     made = {path.name for path in (fresh / "pdserve" / "v1").iterdir()}
     kept = {path.name for path in GENERATED.glob("*_pb2*.py*") if path.is_file()}
-    assert len(PROTOS) == 3
+    assert len(PROTOS) == 4
     assert made == kept
 
 

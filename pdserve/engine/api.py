@@ -123,7 +123,12 @@ class Forget:
 
 @dataclass(frozen=True, slots=True)
 class FlushDevice:
-    """Every cached block that nothing refers to leaves the index."""
+    """Every cached block that nothing refers to leaves the index.
+
+    ``done``: hears on the engine's thread how many there were.
+    """
+
+    done: Callable[[int], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)

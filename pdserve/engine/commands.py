@@ -68,8 +68,10 @@ def handle(board: Board, command: SchedulerCommand, arrival: int) -> bool:
         case Forget(keys):
             board.kv.forget(keys)
             return True
-        case FlushDevice():
-            board.kv.flush()
+        case FlushDevice(done):
+            freed = board.kv.flush()
+            if done is not None:
+                done(freed)
             return True
         case _:
             assert_never(command)

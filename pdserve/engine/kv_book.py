@@ -244,12 +244,14 @@ class KvBook:
         # A slower tier may hold what this pool never had or has evicted.
         self._events.append(Forgotten(tuple(dict.fromkeys((*keys, *removed)))))
 
-    def flush(self) -> None:
+    def flush(self) -> int:
+        """How many blocks became free."""
         removed = self.pool.flush()
         if self.pool.indexed:
             self._removed(removed)
         else:
             self._events.append(Cleared())
+        return len(removed)
 
     def _removed(self, keys: list[BlockKey]) -> None:
         if keys:

@@ -5,11 +5,12 @@ The same conventions as convert.py, through which these functions are imported.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from pdserve.errors import ProtocolError
 from pdserve.types import (
     ID_BYTES,
+    Duty,
     Fingerprint,
     Incarnation,
     Load,
@@ -85,9 +86,7 @@ def worker_facts_to_proto(facts: WorkerFacts) -> worker_pb2.WorkerInfo:
 def worker_facts_from_proto(message: worker_pb2.WorkerInfo) -> WorkerFacts:
     if not message.id:
         raise ProtocolError("worker.id: empty")
-    role = _ROLE_FROM.get(message.role)
-    if role is None:
-        raise ProtocolError(f"worker.role: {message.role} is none that we know")
+    role = role_from_proto(message.role, "worker.role")
     if not message.address:
         raise ProtocolError("worker.address: empty")
     return WorkerFacts(
@@ -102,6 +101,40 @@ def worker_facts_from_proto(message: worker_pb2.WorkerInfo) -> WorkerFacts:
         kv_events_address=message.kv_events_address,
         kv_replay_address=message.kv_replay_address,
     )
+
+
+_DUTY_TO: Mapping[Duty, worker_pb2.WorkerDuty] = {
+    Duty.SERVE: worker_pb2.WORKER_DUTY_SERVE,
+    Duty.DRAIN: worker_pb2.WORKER_DUTY_DRAIN,
+    Duty.LEAVE: worker_pb2.WORKER_DUTY_LEAVE,
+}
+_DUTY_FROM: Mapping[int, Duty] = {number: duty for duty, number in _DUTY_TO.items()}
+
+
+def plan_to_proto(plan: Mapping[WorkerId, Duty]) -> list[worker_pb2.PlannedWorker]:
+    return [worker_pb2.PlannedWorker(id=id_, duty=_DUTY_TO[duty]) for id_, duty in plan.items()]
+
+
+def plan_from_proto(plan: Iterable[worker_pb2.PlannedWorker]) -> dict[WorkerId, Duty]:
+    found: dict[WorkerId, Duty] = {}
+    for worker in plan:
+        if not worker.id or worker.id in found:
+            raise ProtocolError(f"plan.id: {worker.id!r} is empty or occurs twice")
+        if worker.duty not in _DUTY_FROM:
+            raise ProtocolError(f"plan.duty: {worker.duty} is none that we know")
+        found[WorkerId(worker.id)] = _DUTY_FROM[worker.duty]
+    return found
+
+
+def role_to_proto(role: Role) -> worker_pb2.WorkerRole:
+    return _ROLE_TO[role]
+
+
+def role_from_proto(number: int, name: str) -> Role:
+    role = _ROLE_FROM.get(number)
+    if role is None:
+        raise ProtocolError(f"{name}: {number} is none that we know")
+    return role
 
 
 def heartbeat_to_proto(incarnation: Incarnation, load: Load) -> worker_pb2.Heartbeat:

@@ -33,24 +33,38 @@ class Caller(enum.StrEnum):
     DECODE = "decode"
     # Whoever holds the cluster's token itself: tools and tests.
     OPERATOR = "operator"
+    # Whoever holds the credential of the admin service, and nothing else.
+    ADMIN = "admin"
 
 
 Policy = Mapping[str, frozenset[Caller]]
 
 _WATCHERS = frozenset({Caller.ROUTER, Caller.SUPERVISOR, Caller.OPERATOR})
 _OPERATOR = frozenset({Caller.OPERATOR})
+_OWNERS = frozenset({Caller.SUPERVISOR, Caller.OPERATOR})
+_ADMIN = frozenset({Caller.ADMIN})
 
 # Every internal method; one that is missing here is refused to everybody.
 POLICY: Policy = {
     "/pdserve.v1.Membership/SetWorkers": frozenset({Caller.SUPERVISOR}),
+    "/pdserve.v1.Membership/InFlight": frozenset({Caller.SUPERVISOR}),
     "/pdserve.v1.Decode/Session": frozenset({Caller.ROUTER}),
     "/pdserve.v1.Prefill/Run": frozenset({Caller.DECODE}),
     "/pdserve.v1.Worker/Describe": _WATCHERS,
     "/pdserve.v1.Worker/Watch": _WATCHERS,
-    "/pdserve.v1.Worker/Drain": frozenset({Caller.SUPERVISOR, Caller.OPERATOR}),
+    "/pdserve.v1.Worker/Drain": _OWNERS,
     "/pdserve.v1.Worker/CheckIdle": _OPERATOR,
-    "/pdserve.v1.Worker/Flush": _OPERATOR,
+    "/pdserve.v1.Worker/Flush": _OWNERS,
     "/pdserve.v1.Worker/ArmFault": _OPERATOR,
+    "/pdserve.v1.Logging/SetLevel": _OWNERS,
+    "/pdserve.v1.Admin/GetPools": _ADMIN,
+    "/pdserve.v1.Admin/DrainWorker": _ADMIN,
+    "/pdserve.v1.Admin/UndrainWorker": _ADMIN,
+    "/pdserve.v1.Admin/RemoveWorker": _ADMIN,
+    "/pdserve.v1.Admin/AddWorkers": _ADMIN,
+    "/pdserve.v1.Admin/Resize": _ADMIN,
+    "/pdserve.v1.Admin/FlushTiers": _ADMIN,
+    "/pdserve.v1.Admin/SetLogLevel": _ADMIN,
 }
 
 

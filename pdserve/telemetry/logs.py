@@ -53,9 +53,16 @@ def setup_logging(config: LogConfig, component: str) -> None:
             root.removeHandler(old)
     root.addHandler(handler)
     root.setLevel(logging.WARNING)
-    for package in OUR_PACKAGES:
-        logging.getLogger(package).setLevel(config.level.upper())
+    set_level(config.level)
     logging.captureWarnings(True)
+
+
+def set_level(level: str) -> str:
+    """How much our packages say from now on: a name of ``log.level``. Returns what it was."""
+    before = logging.getLevelName(logging.getLogger(OUR_PACKAGES[0]).level).lower()
+    for package in OUR_PACKAGES:
+        logging.getLogger(package).setLevel(level.upper())
+    return before
 
 
 def _time_of(record: logging.LogRecord) -> str:

@@ -26,15 +26,17 @@ from pdserve.v1 import inference_pb2 as pdserve_dot_v1_dot_inference__pb2
 from pdserve.v1 import kv_pb2 as pdserve_dot_v1_dot_kv__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17pdserve/v1/worker.proto\x12\npdserve.v1\x1a\x1apdserve/v1/inference.proto\x1a\x13pdserve/v1/kv.proto\"\x11\n\x0f\x44\x65scribeRequest\"\x95\x01\n\tModelInfo\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x12\n\nblock_size\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x10\n\x08numerics\x18\x06 \x01(\t\x12\x1a\n\x12layout_fingerprint\x18\x07 \x01(\x0c\"\xf1\x01\n\nWorkerInfo\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x0c\x12$\n\x04role\x18\x03 \x01(\x0e\x32\x16.pdserve.v1.WorkerRole\x12\x0b\n\x03pid\x18\x04 \x01(\r\x12\x0c\n\x04node\x18\x05 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x06 \x01(\t\x12$\n\x05model\x18\x07 \x01(\x0b\x32\x15.pdserve.v1.ModelInfo\x12\x14\n\x0c\x62locks_total\x18\x08 \x01(\r\x12\x19\n\x11kv_events_address\x18\t \x01(\t\x12\x19\n\x11kv_replay_address\x18\n \x01(\t\"\x0e\n\x0cWatchRequest\"\xba\x02\n\tHeartbeat\x12\x13\n\x0bincarnation\x18\x01 \x01(\x0c\x12\x14\n\x0c\x65ngine_steps\x18\x02 \x01(\x04\x12\x14\n\x0cwork_pending\x18\x03 \x01(\x08\x12\x0f\n\x07running\x18\x04 \x01(\r\x12\x0f\n\x07waiting\x18\x05 \x01(\r\x12\x13\n\x0b\x62locks_used\x18\x06 \x01(\r\x12\x15\n\rblocks_cached\x18\x07 \x01(\r\x12\x14\n\x0c\x62locks_total\x18\x08 \x01(\r\x12\x10\n\x08\x64raining\x18\t \x01(\x08\x12\x16\n\x0ewaiting_tokens\x18\n \x01(\x04\x12\x10\n\x08\x64\x65graded\x18\x0b \x01(\t\x12\x13\n\x0bhost_blocks\x18\x0c \x01(\r\x12\x19\n\x11host_blocks_total\x18\r \x01(\r\x12\x1c\n\x14redis_blocks_written\x18\x0e \x01(\x04\"\x12\n\x10\x43heckIdleRequest\"w\n\x11\x43heckIdleResponse\x12\x0c\n\x04idle\x18\x01 \x01(\x08\x12\x12\n\nviolations\x18\x02 \x03(\t\x12\x13\n\x0b\x62locks_free\x18\x03 \x01(\r\x12\x15\n\rblocks_cached\x18\x04 \x01(\r\x12\x14\n\x0c\x62locks_total\x18\x05 \x01(\r\"\x1c\n\x0c\x44rainRequest\x12\x0c\n\x04undo\x18\x01 \x01(\x08\"\x0f\n\rDrainResponse\"\x1d\n\x0c\x46lushRequest\x12\r\n\x05tiers\x18\x01 \x03(\t\"\x0f\n\rFlushResponse\"M\n\x0f\x41rmFaultRequest\x12\x0c\n\x04step\x18\x01 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x02 \x01(\t\x12\x0b\n\x03nth\x18\x03 \x01(\r\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\"!\n\x10\x41rmFaultResponse\x12\r\n\x05\x66ired\x18\x01 \x01(\r\"\x94\x02\n\x0cStartAttempt\x12\x12\n\nattempt_id\x18\x01 \x01(\x0c\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12)\n\x06tokens\x18\x03 \x01(\x0b\x32\x19.pdserve.v1.AttemptTokens\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.pdserve.v1.EngineSampling\x12\x14\n\x0cremaining_ms\x18\x05 \x01(\x04\x12\x1c\n\x14\x65xpected_incarnation\x18\x06 \x01(\x0c\x12\x10\n\x08priority\x18\x07 \x01(\x11\x12(\n\x07prefill\x18\x08 \x01(\x0b\x32\x17.pdserve.v1.PrefillPeer\x12\x13\n\x0bskip_reason\x18\t \x01(\t\"F\n\x0bPrefillPeer\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x0c\"#\n\rCancelAttempt\x12\x12\n\nattempt_id\x18\x01 \x01(\x0c\"\x1f\n\x08PeerGone\x12\x13\n\x0bincarnation\x18\x01 \x01(\x0c\"\xcb\x01\n\x0eRouterToDecode\x12)\n\x05start\x18\x01 \x01(\x0b\x32\x18.pdserve.v1.StartAttemptH\x00\x12+\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x19.pdserve.v1.CancelAttemptH\x00\x12+\n\nkeep_alive\x18\x03 \x01(\x0b\x32\x15.pdserve.v1.KeepAliveH\x00\x12)\n\tpeer_gone\x18\x04 \x01(\x0b\x32\x14.pdserve.v1.PeerGoneH\x00\x42\t\n\x07message\"r\n\x0e\x41ttemptFailure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x11\n\tretryable\x18\x03 \x01(\x08\x12\x16\n\x0eretry_after_ms\x18\x04 \x01(\x04\x12\x16\n\x0esuspect_worker\x18\x05 \x01(\t\"\xe4\x01\n\x0c\x41ttemptFacts\x12/\n\rcached_tokens\x18\x01 \x01(\x0b\x32\x18.pdserve.v1.CachedTokens\x12\x16\n\x0eprefill_worker\x18\x02 \x01(\t\x12\x1c\n\x14kv_bytes_transferred\x18\x03 \x01(\x04\x12\x14\n\x0ckv_transport\x18\x04 \x01(\t\x12\x19\n\x11kv_skipped_reason\x18\x05 \x01(\t\x12\x13\n\x0bpreemptions\x18\x06 \x01(\r\x12\'\n\x06\x63hunks\x18\x07 \x03(\x0b\x32\x17.pdserve.v1.ChunkTiming\"\x92\x02\n\x0c\x41ttemptEvent\x12\x12\n\nattempt_id\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\r\x12$\n\x06tokens\x18\x03 \x03(\x0b\x32\x14.pdserve.v1.TokenOut\x12\x31\n\x0fprompt_logprobs\x18\x04 \x03(\x0b\x32\x18.pdserve.v1.TokenLogprob\x12\'\n\x05\x66\x61\x63ts\x18\x05 \x01(\x0b\x32\x18.pdserve.v1.AttemptFacts\x12/\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x18.pdserve.v1.FinishReason\x12+\n\x07\x66\x61ilure\x18\x07 \x01(\x0b\x32\x1a.pdserve.v1.AttemptFailure\"O\n\x0e\x44\x65\x63odeToRouter\x12\x13\n\x0bincarnation\x18\x01 \x01(\x0c\x12(\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x18.pdserve.v1.AttemptEvent\"<\n\x11SetWorkersRequest\x12\'\n\x07workers\x18\x01 \x03(\x0b\x32\x16.pdserve.v1.WorkerInfo\"\x14\n\x12SetWorkersResponse*q\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02\x12\x15\n\x11WORKER_ROLE_MIXED\x10\x03\x32\x92\x03\n\x06Worker\x12?\n\x08\x44\x65scribe\x12\x1b.pdserve.v1.DescribeRequest\x1a\x16.pdserve.v1.WorkerInfo\x12:\n\x05Watch\x12\x18.pdserve.v1.WatchRequest\x1a\x15.pdserve.v1.Heartbeat0\x01\x12H\n\tCheckIdle\x12\x1c.pdserve.v1.CheckIdleRequest\x1a\x1d.pdserve.v1.CheckIdleResponse\x12<\n\x05\x44rain\x12\x18.pdserve.v1.DrainRequest\x1a\x19.pdserve.v1.DrainResponse\x12<\n\x05\x46lush\x12\x18.pdserve.v1.FlushRequest\x1a\x19.pdserve.v1.FlushResponse\x12\x45\n\x08\x41rmFault\x12\x1b.pdserve.v1.ArmFaultRequest\x1a\x1c.pdserve.v1.ArmFaultResponse2O\n\x06\x44\x65\x63ode\x12\x45\n\x07Session\x12\x1a.pdserve.v1.RouterToDecode\x1a\x1a.pdserve.v1.DecodeToRouter(\x01\x30\x01\x32Y\n\nMembership\x12K\n\nSetWorkers\x12\x1d.pdserve.v1.SetWorkersRequest\x1a\x1e.pdserve.v1.SetWorkersResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17pdserve/v1/worker.proto\x12\npdserve.v1\x1a\x1apdserve/v1/inference.proto\x1a\x13pdserve/v1/kv.proto\"\x11\n\x0f\x44\x65scribeRequest\"\x95\x01\n\tModelInfo\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x12\n\nblock_size\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x10\n\x08numerics\x18\x06 \x01(\t\x12\x1a\n\x12layout_fingerprint\x18\x07 \x01(\x0c\"\xf1\x01\n\nWorkerInfo\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x0c\x12$\n\x04role\x18\x03 \x01(\x0e\x32\x16.pdserve.v1.WorkerRole\x12\x0b\n\x03pid\x18\x04 \x01(\r\x12\x0c\n\x04node\x18\x05 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x06 \x01(\t\x12$\n\x05model\x18\x07 \x01(\x0b\x32\x15.pdserve.v1.ModelInfo\x12\x14\n\x0c\x62locks_total\x18\x08 \x01(\r\x12\x19\n\x11kv_events_address\x18\t \x01(\t\x12\x19\n\x11kv_replay_address\x18\n \x01(\t\"\x0e\n\x0cWatchRequest\"\xba\x02\n\tHeartbeat\x12\x13\n\x0bincarnation\x18\x01 \x01(\x0c\x12\x14\n\x0c\x65ngine_steps\x18\x02 \x01(\x04\x12\x14\n\x0cwork_pending\x18\x03 \x01(\x08\x12\x0f\n\x07running\x18\x04 \x01(\r\x12\x0f\n\x07waiting\x18\x05 \x01(\r\x12\x13\n\x0b\x62locks_used\x18\x06 \x01(\r\x12\x15\n\rblocks_cached\x18\x07 \x01(\r\x12\x14\n\x0c\x62locks_total\x18\x08 \x01(\r\x12\x10\n\x08\x64raining\x18\t \x01(\x08\x12\x16\n\x0ewaiting_tokens\x18\n \x01(\x04\x12\x10\n\x08\x64\x65graded\x18\x0b \x01(\t\x12\x13\n\x0bhost_blocks\x18\x0c \x01(\r\x12\x19\n\x11host_blocks_total\x18\r \x01(\r\x12\x1c\n\x14redis_blocks_written\x18\x0e \x01(\x04\"\x12\n\x10\x43heckIdleRequest\"w\n\x11\x43heckIdleResponse\x12\x0c\n\x04idle\x18\x01 \x01(\x08\x12\x12\n\nviolations\x18\x02 \x03(\t\x12\x13\n\x0b\x62locks_free\x18\x03 \x01(\r\x12\x15\n\rblocks_cached\x18\x04 \x01(\r\x12\x14\n\x0c\x62locks_total\x18\x05 \x01(\r\"\x1c\n\x0c\x44rainRequest\x12\x0c\n\x04undo\x18\x01 \x01(\x08\"\x0f\n\rDrainResponse\"\x1d\n\x0c\x46lushRequest\x12\r\n\x05tiers\x18\x01 \x03(\t\"+\n\x0b\x46lushedTier\x12\x0c\n\x04tier\x18\x01 \x01(\t\x12\x0e\n\x06\x62locks\x18\x02 \x01(\r\"7\n\rFlushResponse\x12&\n\x05tiers\x18\x01 \x03(\x0b\x32\x17.pdserve.v1.FlushedTier\"M\n\x0f\x41rmFaultRequest\x12\x0c\n\x04step\x18\x01 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x02 \x01(\t\x12\x0b\n\x03nth\x18\x03 \x01(\r\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\"!\n\x10\x41rmFaultResponse\x12\r\n\x05\x66ired\x18\x01 \x01(\r\"\x94\x02\n\x0cStartAttempt\x12\x12\n\nattempt_id\x18\x01 \x01(\x0c\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12)\n\x06tokens\x18\x03 \x01(\x0b\x32\x19.pdserve.v1.AttemptTokens\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.pdserve.v1.EngineSampling\x12\x14\n\x0cremaining_ms\x18\x05 \x01(\x04\x12\x1c\n\x14\x65xpected_incarnation\x18\x06 \x01(\x0c\x12\x10\n\x08priority\x18\x07 \x01(\x11\x12(\n\x07prefill\x18\x08 \x01(\x0b\x32\x17.pdserve.v1.PrefillPeer\x12\x13\n\x0bskip_reason\x18\t \x01(\t\"F\n\x0bPrefillPeer\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x0c\"#\n\rCancelAttempt\x12\x12\n\nattempt_id\x18\x01 \x01(\x0c\"\x1f\n\x08PeerGone\x12\x13\n\x0bincarnation\x18\x01 \x01(\x0c\"\xcb\x01\n\x0eRouterToDecode\x12)\n\x05start\x18\x01 \x01(\x0b\x32\x18.pdserve.v1.StartAttemptH\x00\x12+\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x19.pdserve.v1.CancelAttemptH\x00\x12+\n\nkeep_alive\x18\x03 \x01(\x0b\x32\x15.pdserve.v1.KeepAliveH\x00\x12)\n\tpeer_gone\x18\x04 \x01(\x0b\x32\x14.pdserve.v1.PeerGoneH\x00\x42\t\n\x07message\"r\n\x0e\x41ttemptFailure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x11\n\tretryable\x18\x03 \x01(\x08\x12\x16\n\x0eretry_after_ms\x18\x04 \x01(\x04\x12\x16\n\x0esuspect_worker\x18\x05 \x01(\t\"\xe4\x01\n\x0c\x41ttemptFacts\x12/\n\rcached_tokens\x18\x01 \x01(\x0b\x32\x18.pdserve.v1.CachedTokens\x12\x16\n\x0eprefill_worker\x18\x02 \x01(\t\x12\x1c\n\x14kv_bytes_transferred\x18\x03 \x01(\x04\x12\x14\n\x0ckv_transport\x18\x04 \x01(\t\x12\x19\n\x11kv_skipped_reason\x18\x05 \x01(\t\x12\x13\n\x0bpreemptions\x18\x06 \x01(\r\x12\'\n\x06\x63hunks\x18\x07 \x03(\x0b\x32\x17.pdserve.v1.ChunkTiming\"\x92\x02\n\x0c\x41ttemptEvent\x12\x12\n\nattempt_id\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\r\x12$\n\x06tokens\x18\x03 \x03(\x0b\x32\x14.pdserve.v1.TokenOut\x12\x31\n\x0fprompt_logprobs\x18\x04 \x03(\x0b\x32\x18.pdserve.v1.TokenLogprob\x12\'\n\x05\x66\x61\x63ts\x18\x05 \x01(\x0b\x32\x18.pdserve.v1.AttemptFacts\x12/\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x18.pdserve.v1.FinishReason\x12+\n\x07\x66\x61ilure\x18\x07 \x01(\x0b\x32\x1a.pdserve.v1.AttemptFailure\"O\n\x0e\x44\x65\x63odeToRouter\x12\x13\n\x0bincarnation\x18\x01 \x01(\x0c\x12(\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x18.pdserve.v1.AttemptEvent\"A\n\rPlannedWorker\x12\n\n\x02id\x18\x01 \x01(\t\x12$\n\x04\x64uty\x18\x02 \x01(\x0e\x32\x16.pdserve.v1.WorkerDuty\"e\n\x11SetWorkersRequest\x12\'\n\x07workers\x18\x01 \x03(\x0b\x32\x16.pdserve.v1.WorkerInfo\x12\'\n\x04plan\x18\x02 \x03(\x0b\x32\x19.pdserve.v1.PlannedWorker\"\x14\n\x12SetWorkersResponse\"\x11\n\x0fInFlightRequest\".\n\x0eWorkerAttempts\x12\n\n\x02id\x18\x01 \x01(\t\x12\x10\n\x08\x61ttempts\x18\x02 \x01(\r\"?\n\x10InFlightResponse\x12+\n\x07workers\x18\x01 \x03(\x0b\x32\x1a.pdserve.v1.WorkerAttempts*q\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02\x12\x15\n\x11WORKER_ROLE_MIXED\x10\x03*n\n\nWorkerDuty\x12\x1b\n\x17WORKER_DUTY_UNSPECIFIED\x10\x00\x12\x15\n\x11WORKER_DUTY_SERVE\x10\x01\x12\x15\n\x11WORKER_DUTY_DRAIN\x10\x02\x12\x15\n\x11WORKER_DUTY_LEAVE\x10\x03\x32\x92\x03\n\x06Worker\x12?\n\x08\x44\x65scribe\x12\x1b.pdserve.v1.DescribeRequest\x1a\x16.pdserve.v1.WorkerInfo\x12:\n\x05Watch\x12\x18.pdserve.v1.WatchRequest\x1a\x15.pdserve.v1.Heartbeat0\x01\x12H\n\tCheckIdle\x12\x1c.pdserve.v1.CheckIdleRequest\x1a\x1d.pdserve.v1.CheckIdleResponse\x12<\n\x05\x44rain\x12\x18.pdserve.v1.DrainRequest\x1a\x19.pdserve.v1.DrainResponse\x12<\n\x05\x46lush\x12\x18.pdserve.v1.FlushRequest\x1a\x19.pdserve.v1.FlushResponse\x12\x45\n\x08\x41rmFault\x12\x1b.pdserve.v1.ArmFaultRequest\x1a\x1c.pdserve.v1.ArmFaultResponse2O\n\x06\x44\x65\x63ode\x12\x45\n\x07Session\x12\x1a.pdserve.v1.RouterToDecode\x1a\x1a.pdserve.v1.DecodeToRouter(\x01\x30\x01\x32\xa0\x01\n\nMembership\x12K\n\nSetWorkers\x12\x1d.pdserve.v1.SetWorkersRequest\x1a\x1e.pdserve.v1.SetWorkersResponse\x12\x45\n\x08InFlight\x12\x1b.pdserve.v1.InFlightRequest\x1a\x1c.pdserve.v1.InFlightResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'pdserve.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WORKERROLE']._serialized_start=2602
-  _globals['_WORKERROLE']._serialized_end=2715
+  _globals['_WORKERROLE']._serialized_start=2927
+  _globals['_WORKERROLE']._serialized_end=3040
+  _globals['_WORKERDUTY']._serialized_start=3042
+  _globals['_WORKERDUTY']._serialized_end=3152
   _globals['_DESCRIBEREQUEST']._serialized_start=88
   _globals['_DESCRIBEREQUEST']._serialized_end=105
   _globals['_MODELINFO']._serialized_start=108
@@ -55,38 +57,48 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DRAINRESPONSE']._serialized_end=1022
   _globals['_FLUSHREQUEST']._serialized_start=1024
   _globals['_FLUSHREQUEST']._serialized_end=1053
-  _globals['_FLUSHRESPONSE']._serialized_start=1055
-  _globals['_FLUSHRESPONSE']._serialized_end=1070
-  _globals['_ARMFAULTREQUEST']._serialized_start=1072
-  _globals['_ARMFAULTREQUEST']._serialized_end=1149
-  _globals['_ARMFAULTRESPONSE']._serialized_start=1151
-  _globals['_ARMFAULTRESPONSE']._serialized_end=1184
-  _globals['_STARTATTEMPT']._serialized_start=1187
-  _globals['_STARTATTEMPT']._serialized_end=1463
-  _globals['_PREFILLPEER']._serialized_start=1465
-  _globals['_PREFILLPEER']._serialized_end=1535
-  _globals['_CANCELATTEMPT']._serialized_start=1537
-  _globals['_CANCELATTEMPT']._serialized_end=1572
-  _globals['_PEERGONE']._serialized_start=1574
-  _globals['_PEERGONE']._serialized_end=1605
-  _globals['_ROUTERTODECODE']._serialized_start=1608
-  _globals['_ROUTERTODECODE']._serialized_end=1811
-  _globals['_ATTEMPTFAILURE']._serialized_start=1813
-  _globals['_ATTEMPTFAILURE']._serialized_end=1927
-  _globals['_ATTEMPTFACTS']._serialized_start=1930
-  _globals['_ATTEMPTFACTS']._serialized_end=2158
-  _globals['_ATTEMPTEVENT']._serialized_start=2161
-  _globals['_ATTEMPTEVENT']._serialized_end=2435
-  _globals['_DECODETOROUTER']._serialized_start=2437
-  _globals['_DECODETOROUTER']._serialized_end=2516
-  _globals['_SETWORKERSREQUEST']._serialized_start=2518
-  _globals['_SETWORKERSREQUEST']._serialized_end=2578
-  _globals['_SETWORKERSRESPONSE']._serialized_start=2580
-  _globals['_SETWORKERSRESPONSE']._serialized_end=2600
-  _globals['_WORKER']._serialized_start=2718
-  _globals['_WORKER']._serialized_end=3120
-  _globals['_DECODE']._serialized_start=3122
-  _globals['_DECODE']._serialized_end=3201
-  _globals['_MEMBERSHIP']._serialized_start=3203
-  _globals['_MEMBERSHIP']._serialized_end=3292
+  _globals['_FLUSHEDTIER']._serialized_start=1055
+  _globals['_FLUSHEDTIER']._serialized_end=1098
+  _globals['_FLUSHRESPONSE']._serialized_start=1100
+  _globals['_FLUSHRESPONSE']._serialized_end=1155
+  _globals['_ARMFAULTREQUEST']._serialized_start=1157
+  _globals['_ARMFAULTREQUEST']._serialized_end=1234
+  _globals['_ARMFAULTRESPONSE']._serialized_start=1236
+  _globals['_ARMFAULTRESPONSE']._serialized_end=1269
+  _globals['_STARTATTEMPT']._serialized_start=1272
+  _globals['_STARTATTEMPT']._serialized_end=1548
+  _globals['_PREFILLPEER']._serialized_start=1550
+  _globals['_PREFILLPEER']._serialized_end=1620
+  _globals['_CANCELATTEMPT']._serialized_start=1622
+  _globals['_CANCELATTEMPT']._serialized_end=1657
+  _globals['_PEERGONE']._serialized_start=1659
+  _globals['_PEERGONE']._serialized_end=1690
+  _globals['_ROUTERTODECODE']._serialized_start=1693
+  _globals['_ROUTERTODECODE']._serialized_end=1896
+  _globals['_ATTEMPTFAILURE']._serialized_start=1898
+  _globals['_ATTEMPTFAILURE']._serialized_end=2012
+  _globals['_ATTEMPTFACTS']._serialized_start=2015
+  _globals['_ATTEMPTFACTS']._serialized_end=2243
+  _globals['_ATTEMPTEVENT']._serialized_start=2246
+  _globals['_ATTEMPTEVENT']._serialized_end=2520
+  _globals['_DECODETOROUTER']._serialized_start=2522
+  _globals['_DECODETOROUTER']._serialized_end=2601
+  _globals['_PLANNEDWORKER']._serialized_start=2603
+  _globals['_PLANNEDWORKER']._serialized_end=2668
+  _globals['_SETWORKERSREQUEST']._serialized_start=2670
+  _globals['_SETWORKERSREQUEST']._serialized_end=2771
+  _globals['_SETWORKERSRESPONSE']._serialized_start=2773
+  _globals['_SETWORKERSRESPONSE']._serialized_end=2793
+  _globals['_INFLIGHTREQUEST']._serialized_start=2795
+  _globals['_INFLIGHTREQUEST']._serialized_end=2812
+  _globals['_WORKERATTEMPTS']._serialized_start=2814
+  _globals['_WORKERATTEMPTS']._serialized_end=2860
+  _globals['_INFLIGHTRESPONSE']._serialized_start=2862
+  _globals['_INFLIGHTRESPONSE']._serialized_end=2925
+  _globals['_WORKER']._serialized_start=3155
+  _globals['_WORKER']._serialized_end=3557
+  _globals['_DECODE']._serialized_start=3559
+  _globals['_DECODE']._serialized_end=3638
+  _globals['_MEMBERSHIP']._serialized_start=3641
+  _globals['_MEMBERSHIP']._serialized_end=3801
 # @@protoc_insertion_point(module_scope)

@@ -15,10 +15,21 @@ class WorkerRole(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     WORKER_ROLE_PREFILL: _ClassVar[WorkerRole]
     WORKER_ROLE_DECODE: _ClassVar[WorkerRole]
     WORKER_ROLE_MIXED: _ClassVar[WorkerRole]
+
+class WorkerDuty(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    WORKER_DUTY_UNSPECIFIED: _ClassVar[WorkerDuty]
+    WORKER_DUTY_SERVE: _ClassVar[WorkerDuty]
+    WORKER_DUTY_DRAIN: _ClassVar[WorkerDuty]
+    WORKER_DUTY_LEAVE: _ClassVar[WorkerDuty]
 WORKER_ROLE_UNSPECIFIED: WorkerRole
 WORKER_ROLE_PREFILL: WorkerRole
 WORKER_ROLE_DECODE: WorkerRole
 WORKER_ROLE_MIXED: WorkerRole
+WORKER_DUTY_UNSPECIFIED: WorkerDuty
+WORKER_DUTY_SERVE: WorkerDuty
+WORKER_DUTY_DRAIN: WorkerDuty
+WORKER_DUTY_LEAVE: WorkerDuty
 
 class DescribeRequest(_message.Message):
     __slots__ = ()
@@ -136,9 +147,19 @@ class FlushRequest(_message.Message):
     tiers: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, tiers: _Optional[_Iterable[str]] = ...) -> None: ...
 
+class FlushedTier(_message.Message):
+    __slots__ = ("tier", "blocks")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    tier: str
+    blocks: int
+    def __init__(self, tier: _Optional[str] = ..., blocks: _Optional[int] = ...) -> None: ...
+
 class FlushResponse(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("tiers",)
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    tiers: _containers.RepeatedCompositeFieldContainer[FlushedTier]
+    def __init__(self, tiers: _Optional[_Iterable[_Union[FlushedTier, _Mapping]]] = ...) -> None: ...
 
 class ArmFaultRequest(_message.Message):
     __slots__ = ("step", "action", "nth", "seconds")
@@ -272,12 +293,40 @@ class DecodeToRouter(_message.Message):
     events: _containers.RepeatedCompositeFieldContainer[AttemptEvent]
     def __init__(self, incarnation: _Optional[bytes] = ..., events: _Optional[_Iterable[_Union[AttemptEvent, _Mapping]]] = ...) -> None: ...
 
+class PlannedWorker(_message.Message):
+    __slots__ = ("id", "duty")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    DUTY_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    duty: WorkerDuty
+    def __init__(self, id: _Optional[str] = ..., duty: _Optional[_Union[WorkerDuty, str]] = ...) -> None: ...
+
 class SetWorkersRequest(_message.Message):
-    __slots__ = ("workers",)
+    __slots__ = ("workers", "plan")
     WORKERS_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
     workers: _containers.RepeatedCompositeFieldContainer[WorkerInfo]
-    def __init__(self, workers: _Optional[_Iterable[_Union[WorkerInfo, _Mapping]]] = ...) -> None: ...
+    plan: _containers.RepeatedCompositeFieldContainer[PlannedWorker]
+    def __init__(self, workers: _Optional[_Iterable[_Union[WorkerInfo, _Mapping]]] = ..., plan: _Optional[_Iterable[_Union[PlannedWorker, _Mapping]]] = ...) -> None: ...
 
 class SetWorkersResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class InFlightRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class WorkerAttempts(_message.Message):
+    __slots__ = ("id", "attempts")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    attempts: int
+    def __init__(self, id: _Optional[str] = ..., attempts: _Optional[int] = ...) -> None: ...
+
+class InFlightResponse(_message.Message):
+    __slots__ = ("workers",)
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    workers: _containers.RepeatedCompositeFieldContainer[WorkerAttempts]
+    def __init__(self, workers: _Optional[_Iterable[_Union[WorkerAttempts, _Mapping]]] = ...) -> None: ...

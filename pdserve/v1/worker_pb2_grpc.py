@@ -410,6 +410,11 @@ class MembershipStub:
                 request_serializer=pdserve_dot_v1_dot_worker__pb2.SetWorkersRequest.SerializeToString,
                 response_deserializer=pdserve_dot_v1_dot_worker__pb2.SetWorkersResponse.FromString,
                 _registered_method=True)
+        self.InFlight = channel.unary_unary(
+                '/pdserve.v1.Membership/InFlight',
+                request_serializer=pdserve_dot_v1_dot_worker__pb2.InFlightRequest.SerializeToString,
+                response_deserializer=pdserve_dot_v1_dot_worker__pb2.InFlightResponse.FromString,
+                _registered_method=True)
 
 
 class MembershipServicer:
@@ -423,6 +428,13 @@ class MembershipServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def InFlight(self, request, context):
+        """How many attempts the router has on each worker now.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_MembershipServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -430,6 +442,11 @@ def add_MembershipServicer_to_server(servicer, server):
                     servicer.SetWorkers,
                     request_deserializer=pdserve_dot_v1_dot_worker__pb2.SetWorkersRequest.FromString,
                     response_serializer=pdserve_dot_v1_dot_worker__pb2.SetWorkersResponse.SerializeToString,
+            ),
+            'InFlight': grpc.unary_unary_rpc_method_handler(
+                    servicer.InFlight,
+                    request_deserializer=pdserve_dot_v1_dot_worker__pb2.InFlightRequest.FromString,
+                    response_serializer=pdserve_dot_v1_dot_worker__pb2.InFlightResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -460,6 +477,33 @@ class Membership:
             '/pdserve.v1.Membership/SetWorkers',
             pdserve_dot_v1_dot_worker__pb2.SetWorkersRequest.SerializeToString,
             pdserve_dot_v1_dot_worker__pb2.SetWorkersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def InFlight(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pdserve.v1.Membership/InFlight',
+            pdserve_dot_v1_dot_worker__pb2.InFlightRequest.SerializeToString,
+            pdserve_dot_v1_dot_worker__pb2.InFlightResponse.FromString,
             options,
             channel_credentials,
             insecure,

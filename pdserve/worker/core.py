@@ -12,7 +12,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import grpc
@@ -20,11 +20,12 @@ import grpc
 from pdserve.engine import api
 from pdserve.engine.build import build_engine
 from pdserve.errors import PdserveError
-from pdserve.types import ID_BYTES, Incarnation, Load, Tier, TierBlocks, WorkerFacts
-from pdserve.v1 import worker_pb2_grpc
+from pdserve.telemetry.log_service import LoggingService
+from pdserve.types import ID_BYTES, Incarnation, Load, TierBlocks, WorkerFacts
+from pdserve.v1 import admin_pb2_grpc, worker_pb2_grpc
 from pdserve.worker.boot import WorkerBoot
 from pdserve.worker.bridge import EngineBridge, KvEventPort, TierPort
-from pdserve.worker.service import WorkerService
+from pdserve.worker.service import ClearTiers, WorkerService
 from pdserve.worker.shell import WorkerShell
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class Ports:
     kv_events: KvEventPort | None
     degraded: Callable[[], str]
     tier_blocks: Callable[[], TierBlocks]
-    clear_tiers: Callable[[Sequence[Tier]], None]
+    clear_tiers: ClearTiers
     kv_events_address: str = ""
     kv_replay_address: str = ""
 
@@ -107,6 +108,7 @@ class WorkerCore:
                 self.boot.config.testing.faults,
             )
             worker_pb2_grpc.add_WorkerServicer_to_server(self._service, server)
+            admin_pb2_grpc.add_LoggingServicer_to_server(LoggingService(), server)
             add_services(server, facts)
 
         self.built.engine.start()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
 import grpc
 
@@ -15,8 +15,8 @@ from pdserve.types import Load, Tier, WorkerFacts
 from pdserve.v1 import worker_pb2, worker_pb2_grpc
 from pdserve.worker.bridge import EngineBridge
 
-# Clears slower tiers; given by the role, which knows them.
-ClearTiers = Callable[[Sequence[Tier]], None]
+# Clears slower tiers, and says how many blocks each lost; given by the role, which knows them.
+ClearTiers = Callable[[Sequence[Tier]], Mapping[Tier, int]]
 
 
 class WorkerService(worker_pb2_grpc.WorkerServicer):
@@ -83,14 +83,20 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self, request: worker_pb2.FlushRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.FlushResponse:
         tiers = flush_tiers(request.tiers)
+        blocks: dict[Tier, int] = {}
         if Tier.DEVICE in tiers:
-            self._bridge.post(api.FlushDevice())
-        slower = [tier for tier in tiers if tier is not Tier.DEVICE]
-        if slower:
-            await asyncio.to_thread(self._clear_tiers, slower)
+            self._bridge.post(api.FlushDevice(lambda freed: blocks.update({Tier.DEVICE: freed})))
         # The engine has taken the flush in once it answers what was posted after it.
         await self._bridge.inspect()
-        return worker_pb2.FlushResponse()
+        slower = [tier for tier in tiers if tier is not Tier.DEVICE]
+        if slower:
+            blocks.update(await asyncio.to_thread(self._clear_tiers, slower))
+        return worker_pb2.FlushResponse(
+            tiers=[
+                worker_pb2.FlushedTier(tier=tier.value, blocks=count)
+                for tier, count in blocks.items()
+            ]
+        )
 
 
 def flush_tiers(names: Sequence[str]) -> list[Tier]:

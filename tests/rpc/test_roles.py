@@ -24,7 +24,7 @@ from pdserve.rpc.identity import (
     service_of,
 )
 from pdserve.rpc.tls import InternalTls
-from pdserve.v1 import inference_pb2, kv_pb2, worker_pb2
+from pdserve.v1 import admin_pb2, inference_pb2, kv_pb2, worker_pb2
 
 TOKEN = "the-cluster's-token"
 SERVER = mint(TOKEN, Caller.DECODE)
@@ -38,7 +38,9 @@ def methods_of(file: FileDescriptor) -> list[str]:
     ]
 
 
-INTERNAL = [*methods_of(kv_pb2.DESCRIPTOR), *methods_of(worker_pb2.DESCRIPTOR)]
+INTERNAL = [
+    method for file in (kv_pb2, worker_pb2, admin_pb2) for method in methods_of(file.DESCRIPTOR)
+]
 
 
 def test_the_table_names_every_internal_method_and_no_other() -> None:
@@ -102,7 +104,9 @@ def test_who_may_do_what_matters_is_written_out() -> None:
         "/pdserve.v1.Membership/SetWorkers": {Caller.SUPERVISOR},
         "/pdserve.v1.Decode/Session": {Caller.ROUTER},
         "/pdserve.v1.Prefill/Run": {Caller.DECODE},
-        "/pdserve.v1.Worker/Flush": {Caller.OPERATOR},
+        "/pdserve.v1.Worker/Flush": {Caller.SUPERVISOR, Caller.OPERATOR},
+        "/pdserve.v1.Admin/RemoveWorker": {Caller.ADMIN},
+        "/pdserve.v1.Logging/SetLevel": {Caller.SUPERVISOR, Caller.OPERATOR},
         "/pdserve.v1.Worker/ArmFault": {Caller.OPERATOR},
     }.items():
         assert POLICY[method] == admitted
