@@ -61,6 +61,12 @@ class PoolsConfig:
     prefill: int = opt(1, "Prefill workers.", low=0, high=1024)
     decode: int = opt(1, "Decode workers.", low=0, high=1024)
     mixed: int = opt(0, "Workers that do both phases.", low=0, high=1024)
+    prefill_min: int = opt(0, "Fewest prefill workers that pdserve admin allows.", low=0, high=1024)
+    prefill_max: int = opt(1024, "Most prefill workers.", low=0, high=1024)
+    decode_min: int = opt(0, "Fewest decode workers that pdserve admin allows.", low=0, high=1024)
+    decode_max: int = opt(1024, "Most decode workers.", low=0, high=1024)
+    mixed_min: int = opt(0, "Fewest mixed workers that pdserve admin allows.", low=0, high=1024)
+    mixed_max: int = opt(1024, "Most mixed workers.", low=0, high=1024)
     gpus_per_worker: int = opt(0, "GPUs of each worker; 0 runs on the CPU.", low=0, high=1)
     threads_per_worker: int = opt(
         0, "Compute threads of a CPU worker; 0 takes the host's cores.", low=0, high=1024
@@ -212,6 +218,16 @@ class SecurityConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class AdminConfig:
+    host: str = opt(
+        "127.0.0.1", "Address that the admin service binds; another one needs mutual TLS."
+    )
+    port: int = opt(
+        0, "Port of the admin service; 0 picks one, which pdserve admin finds.", low=0, high=65535
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class TestingConfig:
     faults: bool = opt(False, "Workers obey ArmFault (pdserve/faults.py).")
     transfer_relay: str = opt(
@@ -267,6 +283,7 @@ class Config:
     router: RouterConfig = section(RouterConfig, "Fronts, limits and placement.")
     timers: TimersConfig = section(TimersConfig, "Liveness.")
     security: SecurityConfig = section(SecurityConfig, "Who may call.")
+    admin: AdminConfig = section(AdminConfig, "Changes to a running cluster.")
     log: LogConfig = section(LogConfig, "Logging.")
     telemetry: TelemetryConfig = section(TelemetryConfig, "Timelines and traces.")
     testing: TestingConfig = section(TestingConfig, "For tests of the cluster itself.")

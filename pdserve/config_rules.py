@@ -120,6 +120,36 @@ def _timers_order(config: Config) -> str:
     )
 
 
+def _pools_within_bounds(config: Config) -> str:
+    pools = config.pools
+    for name in ("prefill", "decode", "mixed"):
+        size, low, high = (getattr(pools, name + end) for end in ("", "_min", "_max"))
+        if low > high:
+            return f"pools.{name}_min = {low} exceeds pools.{name}_max = {high}"
+        if not low <= size <= high:
+            return (
+                f"pools.{name} = {size}: expected a number from pools.{name}_min = {low} to "
+                f"pools.{name}_max = {high}"
+            )
+    return ""
+
+
+def _admin_is_guarded(config: Config) -> str:
+    if config.admin.host in ("127.0.0.1", "::1", "localhost") or config.security.internal_ca:
+        return ""
+    return (
+        f"admin.host = {config.admin.host!r} lets others call the admin service, which needs mutual "
+        "TLS (security.internal_ca, _cert and _key): set these, or admin.host to 127.0.0.1"
+    )
+
+
+def _admin_port_differs(config: Config) -> str:
+    port, router = config.admin.port, config.router
+    if port == 0 or port not in (router.http_port, router.grpc_port):
+        return ""
+    return f"admin.port = {port} is one of the router's ports: take another one"
+
+
 def _strict_has_prefill(config: Config) -> str:
     if not config.router.strict or config.pools.prefill > 0 or config.pools.mixed > 0:
         return ""
@@ -138,4 +168,7 @@ RULES: tuple[Callable[[Config], str], ...] = (
     _ports_differ,
     _timers_order,
     _strict_has_prefill,
+    _pools_within_bounds,
+    _admin_is_guarded,
+    _admin_port_differs,
 )

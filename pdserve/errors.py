@@ -73,6 +73,32 @@ class RequestNotFound(PdserveError):
     openai_type = "invalid_request_error"
 
 
+class WorkerNotFound(PdserveError):
+    code = "worker_not_found"
+    grpc_status = grpc.StatusCode.NOT_FOUND
+    http_status = 404
+    openai_type = "invalid_request_error"
+
+
+class NotAllowed(PdserveError):
+    """The cluster's state or its bounds forbid what was asked; the text says what is allowed."""
+
+    code = "not_allowed"
+    grpc_status = grpc.StatusCode.FAILED_PRECONDITION
+    http_status = 409
+    openai_type = "invalid_request_error"
+
+
+class AdminBusy(PdserveError):
+    """Another change of the pools is under way."""
+
+    code = "admin_busy"
+    grpc_status = grpc.StatusCode.ABORTED
+    http_status = 409
+    openai_type = "service_unavailable"
+    retryable = True
+
+
 class DuplicateRequest(PdserveError):
     code = "duplicate_request_id"
     grpc_status = grpc.StatusCode.ALREADY_EXISTS
