@@ -73,6 +73,18 @@ class PoolsConfig:
     )
     ray_address: str = opt("local", "Ray cluster to join; local starts one of our own.")
     restart_workers: bool = opt(True, "Ray restarts a worker that died.")
+    ray_fault_tolerance: bool = opt(
+        True, "With ray_address local: a control plane of Ray that died is started again."
+    )
+    prefill_min: int = opt(
+        0, "Prefill workers that serving starts with, more come later; 0 waits for all.", low=0
+    )
+    decode_min: int = opt(
+        0, "Decode workers that serving starts with, more come later; 0 waits for all.", low=0
+    )
+    mixed_min: int = opt(
+        0, "Mixed workers that serving starts with, more come later; 0 waits for all.", low=0
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -156,9 +156,19 @@ def _strict_has_prefill(config: Config) -> str:
     return "router.strict refuses every request when pools.prefill = 0: ask for a prefill worker"
 
 
+def _minimum_fits(config: Config) -> str:
+    pools = config.pools
+    for role in ("prefill", "decode", "mixed"):
+        least, most = getattr(pools, f"{role}_min"), getattr(pools, role)
+        if least > most:
+            return f"pools.{role}_min = {least} exceeds pools.{role} = {most}"
+    return ""
+
+
 RULES: tuple[Callable[[Config], str], ...] = (
     _name,
     _somebody_answers,
+    _minimum_fits,
     _exact_is_wide,
     _tls_pair,
     _internal_tls,

@@ -122,6 +122,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     ("overrides", "part"),
     [
         (["name=../evil"], "name"),
+        (["pools.decode_min=2"], "pools.decode_min = 2 exceeds pools.decode = 1"),
         (["pools.decode=0"], "somebody must write"),
         (["model.numerics=exact", "model.dtype=bfloat16"], "float32 or float64"),
         (["security.tls_cert=a.pem"], "security.tls_key is not"),

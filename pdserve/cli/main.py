@@ -44,6 +44,9 @@ def _add_up(parser: argparse.ArgumentParser) -> None:
         help="workers that do both; alone, they replace the others",
     )
     pools.add_argument("--gpus", type=int, metavar="N", help="GPUs of each worker: 0 or 1")
+    pools.add_argument(
+        "--address", dest="ray_address", metavar="HOST:PORT", help="Ray cluster to join, or auto"
+    )
     model = parser.add_argument_group("model")
     model.add_argument("--model", metavar="PATH_OR_HUB_ID", help="what is served")
     model.add_argument("--served-model-name", metavar="NAME", help="what clients call it")

@@ -21,6 +21,7 @@ _KEYS = {
     "decode": "pools.decode",
     "mixed": "pools.mixed",
     "gpus": "pools.gpus_per_worker",
+    "ray_address": "pools.ray_address",
     "model": "model.path",
     "served_model_name": "model.served_name",
     "max_model_len": "model.max_model_len",

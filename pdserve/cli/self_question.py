@@ -90,7 +90,7 @@ def ask_itself(cluster: Cluster, show_text: Callable[[str], None]) -> Report:
     did not."""
     access = cluster.http
     pools = cluster.config.pools
-    wait_ready(access, pools.prefill + pools.decode + pools.mixed)
+    wait_ready(access, len(cluster.workers()))
     both = pools.prefill > 0 and pools.decode > 0
     with client_for(access, router_view.local_address(cluster.addresses.grpc)) as client:
         report = _ask(client, _prompt(client, cluster.config), show_text)

@@ -2,6 +2,9 @@
 
 plan_pools (pure) -> Pools.create -> ... Pools.kill (Ray restarts it) ... -> Pools.stop
 
+All are asked for at once. One for which no node has room waits in Ray, whose autoscaler hears of
+it, and starts when a node comes.
+
 An actor is detached, named after its worker in the cluster's namespace, and sits in a placement
 group of its own, so that a worker of several devices can later be placed as one.
 """
@@ -56,14 +59,25 @@ def counts(config: Config) -> dict[Role, int]:
     return {Role.PREFILL: pools.prefill, Role.DECODE: pools.decode, Role.MIXED: pools.mixed}
 
 
-def plan_pools(config: Config, gpus: float, nodes: int) -> tuple[WorkerPlan, ...]:
-    """The workers of a cluster on ``nodes`` hosts with ``gpus`` in all.
+def minimum(config: Config) -> dict[Role, int]:
+    """How many of each role there have to be before the cluster serves."""
+    pools = config.pools
+    least = {
+        Role.PREFILL: pools.prefill_min,
+        Role.DECODE: pools.decode_min,
+        Role.MIXED: pools.mixed_min,
+    }
+    return {role: least[role] or count for role, count in counts(config).items()}
 
-    Workers share GPUs evenly when there are fewer GPUs than workers. ConfigError without any GPU
-    where one is asked for.
+
+def plan_pools(config: Config, gpus: float, nodes: int) -> tuple[WorkerPlan, ...]:
+    """The workers of a cluster that starts on ``nodes`` hosts with ``gpus`` in all.
+
+    Those that serving starts with share GPUs evenly when there are fewer GPUs than these; the
+    others wait for nodes of their own. ConfigError without any GPU where one is asked for.
     """
     wanted = counts(config)
-    total = sum(wanted.values())
+    total = sum(minimum(config).values())
     share, sharing = 0.0, max(1, math.ceil(total / max(1, nodes)))
     if config.pools.gpus_per_worker:
         if gpus < 1:
@@ -121,18 +135,20 @@ class Pools:
         """Ends a worker at once; Ray starts it anew, where workers are restarted."""
         ray.kill(self.actors[worker], no_restart=not self._spec.config.pools.restart_workers)
 
-    def stop(self, drain_s: float, timeout_s: float) -> None:
-        """Lets all workers end side by side, then ends those that did not; takes bounded time."""
+    def stop(self, present: Sequence[WorkerId], drain_s: float, timeout_s: float) -> None:
+        """Lets those present end side by side, then ends what is left; takes bounded time."""
         # Calls to a Ray that is broken may never return.
         thread = threading.Thread(
-            target=self._stop, args=(drain_s, timeout_s), name="pools-stop", daemon=True
+            target=self._stop, args=(present, drain_s, timeout_s), name="pools-stop", daemon=True
         )
         thread.start()
         thread.join(timeout_s + _RAY_CALLS_S)
 
-    def _stop(self, drain_s: float, timeout_s: float) -> None:
+    def _stop(self, present: Sequence[WorkerId], drain_s: float, timeout_s: float) -> None:
         try:
-            calls = [actor.stop.remote(drain_s) for actor in self.actors.values()]
+            # One that has no place yet would not answer.
+            actors = [self.actors[worker] for worker in present if worker in self.actors]
+            calls = [actor.stop.remote(drain_s) for actor in actors]
             if calls:
                 ray.wait(calls, num_returns=len(calls), timeout=timeout_s)
             for actor in self.actors.values():

@@ -1,6 +1,7 @@
 """The Ray that the workers of a cluster live in: one of our own, or one that is joined.
 
 start_ray -> (a head process of our own ->) ray.init ... RayNode.stop -> ray.shutdown (-> head ends)
+             head process: control plane ended -> started again (ray_head.py)
 
 Ray of our own has its own ports, folder and access token, so it neither meets nor ends another Ray
 of this machine. Its processes inherit the mark of the run (see orphans.py) and die with us. A
@@ -18,6 +19,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -43,6 +45,9 @@ _START_TIMEOUT_S = 120.0
 _SHUTDOWN_S = 10.0
 _HELD_ENVIRONMENT = threading.Lock()
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
+# Streams go on while the control plane is away; Ray's own processes, and we, must too. Ray would
+# end them after a minute.
+_PATIENT = {"RAY_gcs_rpc_server_reconnect_timeout_s": "86400"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,18 +79,21 @@ def start_ray(
     mark: str,
     threads: int,
     on_death: Callable[[int], None] = lambda code: None,
+    fault_tolerance: bool = True,
 ) -> RayNode:
     """Starts (``local``) or joins a Ray. ConfigError when it cannot be reached or started.
 
     ``threads`` is what workers may compute with. ``on_death`` hears the exit code of a Ray of our
-    own that ended by itself.
+    own that ended by itself. With ``fault_tolerance`` its control plane may end and is started
+    again; how a joined one does is up to whoever runs it.
     """
     local = address == LOCAL
     access = _access() if local else {}
-    with _environment({**_QUIET, **access}):
+    with _environment({**_QUIET, **_PATIENT, **access}):
         head = None
         if local:
-            head, address = _start_head(temp_dir, {**access, **_own(mark, threads)}, on_death)
+            env = {**access, **_own(mark, threads)}
+            head, address = _start_head(temp_dir, env, on_death, fault_tolerance)
         elif address != "auto":
             _check_reachable(address)
         try:
@@ -109,20 +117,24 @@ def _own(mark: str, threads: int) -> dict[str, str]:
         # Workers share the cores: a thread that spins while it waits stops its neighbours. Read
         # when the OpenMP library is loaded, so it has to be here before torch is.
         "OMP_WAIT_POLICY": "passive",
-        # Streams go on while the control plane is away; Ray's own processes must too.
-        "RAY_gcs_rpc_server_reconnect_timeout_s": "86400",
         # Ray then takes 127.0.0.1 for its node's address, and all of its servers bind to that.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     }
 
 
 def _start_head(
-    temp_dir: Path, env: Mapping[str, str], on_death: Callable[[int], None]
+    temp_dir: Path,
+    env: Mapping[str, str],
+    on_death: Callable[[int], None],
+    fault_tolerance: bool,
 ) -> tuple[Child, str]:
     """The head's process and its address."""
     temp_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if fault_tolerance:
+        env = {**env, **_tables(temp_dir)}
     arguments, log = temp_dir / "head.json", temp_dir / "head.log"
-    arguments.write_text(json.dumps(_head_arguments(temp_dir)), encoding="utf-8")
+    given = {"init": _head_arguments(temp_dir), "fault_tolerance": fault_tolerance}
+    arguments.write_text(json.dumps(given), encoding="utf-8")
     found: list[str] = []
 
     def ready(process: subprocess.Popen[bytes]) -> None:
@@ -151,6 +163,12 @@ def _start_head(
         head.stop(0.0)
         raise
     return head, found[0]
+
+
+def _tables(temp_dir: Path) -> dict[str, str]:
+    """Has the control plane keep its tables in files that nobody else reads (decision 6)."""
+    folder = tempfile.mkdtemp(prefix="gcs-", dir=temp_dir)
+    return {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": folder}
 
 
 def _head_arguments(temp_dir: Path) -> dict[str, Any]:

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING
 
 from pdserve.cluster import orphans, ray_node, router_view
 from pdserve.cluster.background import Background
-from pdserve.cluster.child import tail_of
 from pdserve.cluster.ports import check_free
 from pdserve.cluster.progress import Progress, Silent
 from pdserve.cluster.ray_node import LOCAL, RayNode
@@ -33,7 +32,7 @@ from pdserve.cluster.run_dir import Run, cluster_token, hash_key, open_run
 from pdserve.config import Config
 from pdserve.engine.progress import Progress as ModelStep
 from pdserve.engine.resolve import PreparedModel, default_cache, prepare_model
-from pdserve.errors import DeadlineExceeded, WorkerLost, from_wire
+from pdserve.errors import DeadlineExceeded
 from pdserve.rpc.identity import Caller, mint
 from pdserve.rpc.tls import internal_tls
 from pdserve.types import Role, WorkerFacts, WorkerId
@@ -41,7 +40,7 @@ from pdserve.worker.boot import ENTRY_POINTS
 
 if TYPE_CHECKING:
     from pdserve.cluster.keeper import Keeper
-    from pdserve.cluster.membership import Membership, Seen
+    from pdserve.cluster.membership import Membership
     from pdserve.cluster.pools import Pools, PoolSpec
 
 _WORKER_STOP_S = 10.0
@@ -107,8 +106,10 @@ class Cluster:
 
     def wait_workers(self, timeout_s: float) -> None:
         """Waits until every planned worker exists and the router knows it. DeadlineExceeded."""
+        from pdserve.cluster.first_workers import all_present  # noqa: PLC0415
+
         assert self._membership is not None
-        if not self._membership.wait(_all_present, timeout_s):
+        if not self._membership.wait(all_present, timeout_s):
             raise DeadlineExceeded(f"not all workers came back within {timeout_s:g} s")
 
     def kill_worker(self, worker: WorkerId) -> None:
@@ -149,9 +150,9 @@ class Cluster:
         if self._membership is not None:
             self._membership.stop()
         if self._pools is not None:
-            pids = [facts.pid for facts in self.workers()]
-            self._pools.stop(0.0, _WORKER_STOP_S)
-            self._await_ends(pids)
+            present = self.workers()
+            self._pools.stop([facts.id for facts in present], 0.0, _WORKER_STOP_S)
+            self._await_ends([facts.pid for facts in present])
         if self._ray is not None and self._shared_ray is None:
             self._ray.stop()
         if self._redis is not None:
@@ -185,7 +186,7 @@ class Cluster:
         self._start_ray()
         prepared = model.result()
         # Ray reads its environment when it is imported, which start_ray has prepared.
-        from pdserve.cluster.pools import Pools, counts, plan_pools  # noqa: PLC0415
+        from pdserve.cluster.pools import Pools, minimum, plan_pools  # noqa: PLC0415
 
         assert self._ray is not None
         if config.pools.ray_address != LOCAL:
@@ -193,7 +194,7 @@ class Cluster:
 
             self._ray = await_slots(
                 self._ray,
-                counts(config),
+                minimum(config),
                 config.pools.gpus_per_worker,
                 config.timers.start_timeout_s,
                 progress.note,
@@ -273,6 +274,7 @@ class Cluster:
             self.run.mark,
             _threads(self.config),
             self._on_ray_death,
+            self.config.pools.ray_fault_tolerance,
         )
         self._progress.end("ray", "Ray: one of our own" if self._ray.owned else f"Ray: {address}")
 
@@ -298,6 +300,8 @@ class Cluster:
         )
 
     def _start_membership(self, secret: Secrets) -> None:
+        from pdserve.cluster import pools  # noqa: PLC0415
+        from pdserve.cluster.first_workers import await_first  # noqa: PLC0415
         from pdserve.cluster.keeper import Keeper  # noqa: PLC0415
         from pdserve.cluster.membership import Membership  # noqa: PLC0415
 
@@ -314,7 +318,10 @@ class Cluster:
             self._progress.note,
         )
         self._membership.start()
-        self._await_first_workers(self._membership)
+        minimum = pools.minimum(self.config)
+        await_first(self._membership, minimum, timers.start_timeout_s, self.run.logs)
+        present = ", ".join(_pool_text(facts) for facts in self.workers())
+        self._progress.end("workers", f"workers: {present}")
         access = self.http
         self._keeper = Keeper(
             lambda: router_view.workers(access),
@@ -324,32 +331,6 @@ class Cluster:
             self._progress.note,
         )
         self._keeper.start()
-
-    def _await_first_workers(self, membership: Membership) -> None:
-        """Returns when all serve. Raises the reason of the first that does not."""
-        timeout = self.config.timers.start_timeout_s
-        settled = membership.wait(lambda seen: _all_present(seen) or _trouble(seen), timeout)
-        for worker, seen in membership.seen.items():
-            if seen.failure is not None:
-                raise from_wire(seen.failure.code, f"{worker}: {seen.failure.message}")
-            log = self.run.logs / f"{worker}.log"
-            if seen.facts is None and seen.deaths:
-                said = tail_of(log)
-                raise WorkerLost(f"{worker} died while it started{': ' + said if said else ''}")
-            if not settled and seen.facts is None:
-                raise DeadlineExceeded(f"{worker} did not start within {timeout:g} s; see {log}")
-        if not settled:
-            raise DeadlineExceeded(f"the router did not take its workers within {timeout:g} s")
-        pools = [_pool_text(facts) for facts in membership.workers()]
-        self._progress.end("workers", "workers: " + ", ".join(pools))
-
-
-def _all_present(seen: Mapping[WorkerId, Seen]) -> bool:
-    return all(one.facts is not None for one in seen.values())
-
-
-def _trouble(seen: Mapping[WorkerId, Seen]) -> bool:
-    return any(one.failure is not None or one.deaths for one in seen.values())
 
 
 def _pool_text(facts: WorkerFacts) -> str:

@@ -134,7 +134,7 @@ class Stand:
     def close(self) -> None:
         pids = [facts.pid for facts in self.membership.workers()]
         self.membership.stop()
-        self.pools.stop(0.5, 5.0)
+        self.pools.stop([facts.id for facts in self.membership.workers()], 0.5, 5.0)
         self.router.close()
         for pid in pids:
             assert orphans.wait_gone(pid, 10)
@@ -172,7 +172,7 @@ def test_actors_are_described_to_the_router_and_stopped(
     assert orphans.mark_of(one.pid("decode-0")) == one.node.mark
     assert "started decode-0 threads 3" in (tmp_path / "decode-0.log").read_text()
     one.membership.stop()
-    one.pools.stop(0.5, 5.0)
+    one.pools.stop([facts.id for facts in one.membership.workers()], 0.5, 5.0)
     assert "stopped decode-0 0.5" in (tmp_path / "decode-0.log").read_text()
 
 
@@ -269,6 +269,15 @@ def test_plans_share_what_there_is() -> None:
     assert [(p.gpus, p.sharing) for p in plan_pools(gpu, 2, 1)] == [(0.5, 2)] * 3
     with pytest.raises(ConfigError, match="no GPU"):
         plan_pools(gpu, 0, 1)
+
+
+def test_workers_beyond_the_minimum_wait_for_gpus_of_their_own() -> None:
+    from pdserve.cluster.pools import minimum, plan_pools
+
+    pools = PoolsConfig(prefill=2, decode=3, prefill_min=1, decode_min=1, gpus_per_worker=1)
+    assert minimum(Config(pools=pools)) == {Role.PREFILL: 1, Role.DECODE: 1, Role.MIXED: 0}
+    assert [(p.gpus, p.sharing) for p in plan_pools(Config(pools=pools), 2, 1)] == [(1.0, 1)] * 5
+    assert [(p.gpus, p.sharing) for p in plan_pools(Config(pools=pools), 1, 1)] == [(0.5, 2)] * 5
 
 
 def test_a_joined_ray_must_offer_the_roles(node: ray_node.RayNode) -> None:
