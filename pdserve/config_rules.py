@@ -138,8 +138,8 @@ def _admin_is_guarded(config: Config) -> str:
     if config.admin.host in ("127.0.0.1", "::1", "localhost") or config.security.internal_ca:
         return ""
     return (
-        f"admin.host = {config.admin.host!r} lets others call the admin service, which needs mutual "
-        "TLS (security.internal_ca, _cert and _key): set these, or admin.host to 127.0.0.1"
+        f"admin.host = {config.admin.host!r} lets others call the admin service, which needs "
+        "mutual TLS (security.internal_ca, _cert and _key): set these, or admin.host to 127.0.0.1"
     )
 
 
