@@ -12,7 +12,9 @@ from aiohttp import web
 from pdserve.errors import ConfigError
 from router.auth import KeyRing, Tls
 from router.http_errors import errors
+from router.http_live import LiveHandlers
 from router.http_openai import OpenAiHandlers
+from router.http_page import load_page, page_routes
 from router.http_requests import RequestHandlers
 from router.http_tools import ToolHandlers
 from router.service import Service
@@ -26,6 +28,7 @@ def make_app(service: Service, keys: KeyRing) -> web.Application:
     openai = OpenAiHandlers(service, keys)
     tools = ToolHandlers(service, keys)
     requests = RequestHandlers(service.timelines, keys)
+    live = LiveHandlers(service, keys)
     app = web.Application(middlewares=[errors], client_max_size=service.config.max_body_bytes)
     app.add_routes(
         [
@@ -40,10 +43,13 @@ def make_app(service: Service, keys: KeyRing) -> web.Application:
             web.get("/metrics", tools.metrics),
             web.get("/version", tools.version),
             web.get("/workers", tools.workers),
+            web.get("/live.json", live.live),
+            *page_routes(load_page()),
             web.get("/requests", requests.requests),
             web.get("/requests/{request_id}", requests.request),
         ]
     )
+    app.cleanup_ctx.append(live.run)
     return app
 
 

@@ -88,6 +88,8 @@ def test_the_wheel_holds_code_stubs_and_data(wheel: Path) -> None:
         for path in folder.iterdir():
             if path.suffix in (".py", ".pyi", ".cpp", ".typed"):
                 assert path.relative_to(ROOT).as_posix() in names
+    page = {path.relative_to(ROOT).as_posix() for path in (ROOT / "router" / "page").iterdir()}
+    assert page <= names
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert tops == set(ROOMS)
 

@@ -5,6 +5,7 @@ timer = metrics.request_started();  timer.tokens(n)...;  timer.finished(reason, 
 metrics.rejected(code, seconds)             a request that was never accepted
 metrics.watch_workers(read), .watch_counters(read)    read at each scrape
 metrics.render()                            -> body and content type
+metrics.totals()                            -> the same as plain numbers, for the live page
 
 How a request was made (transport, bytes, tiers, resumes, why nothing moved) comes from its Usage
 when it ends, so no other part has to count it as well. Used on one event loop; calls are a few
@@ -28,6 +29,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.openmetrics import exposition as openmetrics
 
 from pdserve.telemetry.collectors import CounterCollector, WorkerCollector, WorkerLike
+from pdserve.telemetry.totals import SERIES, Totals, read_totals
 from pdserve.types import FinishReason, Tier, Usage
 
 PREFIX = "pdserve:"
@@ -191,6 +193,10 @@ class RouterMetrics:
             )
             return body, openmetrics.CONTENT_TYPE_LATEST
         return encode(self._registry), content_type
+
+    def totals(self) -> Totals:
+        """Costs about as much as a scrape of these few series."""
+        return read_totals(self._registry.restricted_registry(SERIES))
 
     # ---- the series -----------------------------------------------------------------------------
 
