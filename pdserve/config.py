@@ -61,11 +61,8 @@ class PoolsConfig:
     prefill: int = opt(1, "Prefill workers.", low=0, high=1024)
     decode: int = opt(1, "Decode workers.", low=0, high=1024)
     mixed: int = opt(0, "Workers that do both phases.", low=0, high=1024)
-    prefill_min: int = opt(0, "Fewest prefill workers that pdserve admin allows.", low=0, high=1024)
     prefill_max: int = opt(1024, "Most prefill workers.", low=0, high=1024)
-    decode_min: int = opt(0, "Fewest decode workers that pdserve admin allows.", low=0, high=1024)
     decode_max: int = opt(1024, "Most decode workers.", low=0, high=1024)
-    mixed_min: int = opt(0, "Fewest mixed workers that pdserve admin allows.", low=0, high=1024)
     mixed_max: int = opt(1024, "Most mixed workers.", low=0, high=1024)
     gpus_per_worker: int = opt(0, "GPUs of each worker; 0 runs on the CPU.", low=0, high=1)
     threads_per_worker: int = opt(
@@ -77,13 +74,22 @@ class PoolsConfig:
         True, "With ray_address local: a control plane of Ray that died is started again."
     )
     prefill_min: int = opt(
-        0, "Prefill workers that serving starts with, more come later; 0 waits for all.", low=0
+        0,
+        "Prefill workers that serving starts with, more come later; 0 waits for all. "
+        "pdserve admin leaves as many.",
+        low=0,
     )
     decode_min: int = opt(
-        0, "Decode workers that serving starts with, more come later; 0 waits for all.", low=0
+        0,
+        "Decode workers that serving starts with, more come later; 0 waits for all. "
+        "pdserve admin leaves as many.",
+        low=0,
     )
     mixed_min: int = opt(
-        0, "Mixed workers that serving starts with, more come later; 0 waits for all.", low=0
+        0,
+        "Mixed workers that serving starts with, more come later; 0 waits for all. "
+        "pdserve admin leaves as many.",
+        low=0,
     )
 
 

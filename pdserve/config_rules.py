@@ -120,17 +120,12 @@ def _timers_order(config: Config) -> str:
     )
 
 
-def _pools_within_bounds(config: Config) -> str:
+def _pools_below_bounds(config: Config) -> str:
     pools = config.pools
     for name in ("prefill", "decode", "mixed"):
-        size, low, high = (getattr(pools, name + end) for end in ("", "_min", "_max"))
-        if low > high:
-            return f"pools.{name}_min = {low} exceeds pools.{name}_max = {high}"
-        if not low <= size <= high:
-            return (
-                f"pools.{name} = {size}: expected a number from pools.{name}_min = {low} to "
-                f"pools.{name}_max = {high}"
-            )
+        size, most = getattr(pools, name), getattr(pools, f"{name}_max")
+        if size > most:
+            return f"pools.{name} = {size} exceeds pools.{name}_max = {most}"
     return ""
 
 
@@ -178,7 +173,7 @@ RULES: tuple[Callable[[Config], str], ...] = (
     _ports_differ,
     _timers_order,
     _strict_has_prefill,
-    _pools_within_bounds,
+    _pools_below_bounds,
     _admin_is_guarded,
     _admin_port_differs,
 )
