@@ -9,7 +9,6 @@ prefill peer.
 from __future__ import annotations
 
 import asyncio
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -113,8 +112,7 @@ class DecodeWorker:
         deadline: float,
     ) -> ReadReport:
         loop = asyncio.get_running_loop()
-        bound = min(deadline, time.monotonic() + self._core.boot.config.transfer.deadline_s)
-        return await loop.run_in_executor(self._threads, reader.read, offers, into, bound)
+        return await loop.run_in_executor(self._threads, reader.read, offers, into, deadline)
 
 
 def start_worker(boot: WorkerBoot) -> DecodeWorker:

@@ -163,6 +163,66 @@ def test_waiting_for_another_read_counts_towards_the_deadline(peer: Peer, pool: 
     readers.close()
 
 
+class Queue:
+    """Reads of one block each, on threads; the first is under way when the others come."""
+
+    def __init__(self, readers: ReaderPool, peer: Peer, count: int) -> None:
+        self._reader = readers.reader_for(peer.endpoint)
+        self._offers = peer.offers(list(range(count)))
+        self.errors: list[BaseException | None] = [None] * count
+        peer.stop()
+        self._threads = [threading.Thread(target=self._read, args=(at,)) for at in range(count)]
+        self._threads[0].start()
+        time.sleep(0.2)
+        for thread in self._threads[1:]:
+            thread.start()
+
+    def _read(self, at: int) -> None:
+        try:
+            self._reader.read(self._offers[at : at + 1], [at], time.monotonic() + 20)
+        except (TransferError, DeadlineExceeded) as error:
+            self.errors[at] = error
+
+    def join(self, first: bool = False) -> None:
+        for thread in self._threads[:1] if first else self._threads:
+            thread.join(10)
+            assert not thread.is_alive()
+
+
+def test_reads_behind_one_that_broke_the_connection_go_on_over_a_new_one(
+    peer: Peer, pool: PoolMemory
+) -> None:
+    """And the time for which they waited is not taken from the time that a read may last."""
+    readers = readers_of(pool, transports=("tcp",), deadline_s=0.8)
+    connections = peer.call("stats").connections
+    queue = Queue(readers, peer, 4)
+    queue.join(first=True)
+    assert isinstance(queue.errors[0], DeadlineExceeded)
+    time.sleep(0.2)
+    peer.wake()
+    queue.join()
+    assert queue.errors[1:] == [None] * 3
+    for block in (1, 2, 3):
+        np.testing.assert_array_equal(all_bytes(pool)[block], peer.expected(block))
+    assert peer.call("stats").connections == connections + 2
+    readers.close()
+
+
+@pytest.mark.parametrize("end", ["stopped", "killed"])
+def test_reads_behind_a_peer_that_is_lost_twice_end_together(pool: PoolMemory, end: str) -> None:
+    """One read and one new connection find out; nobody else waits for that peer."""
+    with running(PeerSetup()) as lost:
+        readers = readers_of(pool, transports=("tcp",), deadline_s=0.6, setup_timeout_s=0.4)
+        queue = Queue(readers, lost, 6)
+        if end == "killed":
+            lost.kill()
+        began = time.monotonic()
+        queue.join()
+        assert time.monotonic() - began < 2
+        assert None not in queue.errors
+        readers.close()
+
+
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
 def test_the_memory_of_an_ended_peer_is_let_go(pool: PoolMemory, transport: str) -> None:
     with running(PeerSetup()) as short_lived:
