@@ -109,6 +109,13 @@ def load_library() -> ctypes.CDLL | None:
     return None
 
 
+def library_version(library: ctypes.CDLL) -> int:
+    """As NCCL counts: 22304 is 2.23.4."""
+    found = ctypes.c_int()
+    library.ncclGetVersion(ctypes.byref(found))
+    return found.value
+
+
 def _candidates() -> Iterator[str]:
     loaded = loaded_library("libnccl.so")
     if loaded is not None:

@@ -80,6 +80,11 @@ def _add_status(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="the answer of GET /workers")
 
 
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    parser.add_argument("--json", action="store_true", help="the findings as one JSON object")
+
+
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     _add_reach(parser)
     parser.add_argument("prompt", help="what to ask; - reads it from standard input")
@@ -136,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
         "status": _add_status,
         "generate": _add_generate,
         "bench": _add_bench,
+        "doctor": _add_doctor,
     }
     for name, text in _COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text.capitalize() + ".")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pdserve.cluster import router_view
 from pdserve.cluster.router_view import Access
-from pdserve.cluster.run_dir import read_record, state_dir_of
+from pdserve.cluster.run_dir import RunRecord, read_record, state_dir_of
 from pdserve.config import Config, SecurityConfig
 from pdserve.config_load import load_config
 from pdserve.errors import ConfigError
@@ -63,15 +63,25 @@ def find_fronts(parsed: argparse.Namespace) -> Fronts:
     given = {"name": parsed.name} if parsed.name else {}
     config = load_config(parsed.config, parsed.set, given)
     record = read_record(state_dir_of(config))
-    key_file = parsed.api_key_file or (record.api_key_file if record is not None else "")
-    ca_file = parsed.ca_file or (record.certificate if record is not None else "")
-    key = router_view.first_api_key(SecurityConfig(api_key_files=(key_file,))) if key_file else ""
     http, grpc = getattr(parsed, "url", None), getattr(parsed, "address", None)
+    access = access_of(record, parsed.api_key_file, parsed.ca_file)
     if http or grpc:
-        return Fronts(Access((http or "").rstrip("/"), key, ca_file), grpc or "")
+        return Fronts(replace(access, url=(http or "").rstrip("/")), grpc or "")
     alive = record is not None and Path(f"/proc/{record.pid}").exists()
     if record is None or not alive:
         raise ConfigError(f"no cluster {config.name!r} runs on this machine; start one: pdserve up")
     if not record.http:
         raise ConfigError(f"cluster {config.name!r} (pid {record.pid}) is still starting")
-    return Fronts(Access(record.http, key, ca_file), record.grpc)
+    return Fronts(access, record.grpc)
+
+
+def access_of(
+    record: RunRecord | None, api_key_file: str | None = None, ca_file: str | None = None
+) -> Access:
+    """How to call the HTTP front of a recorded run; what is given replaces what is recorded."""
+    url, key_file, certificate = "", api_key_file or "", ca_file or ""
+    if record is not None:
+        url = record.http
+        key_file, certificate = key_file or record.api_key_file, certificate or record.certificate
+    key = router_view.first_api_key(SecurityConfig(api_key_files=(key_file,))) if key_file else ""
+    return Access(url, key, certificate)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from types import FrameType
 
-from pdserve.cli.checks import compiler
+from pdserve.cli.checks.software import compiler
 from pdserve.cli.options import config_from
 from pdserve.cli.self_question import Report, ask_itself, way
 from pdserve.cli.show import PlainShow, RichShow, make_show
@@ -67,7 +67,7 @@ def run(parsed: argparse.Namespace) -> int:
     ready = False
     try:
         show.note(f"pdserve {version('pdserve')}, cluster {config.name!r}")
-        lacking = compiler()
+        lacking = compiler(config)
         if not lacking.good:
             show.note(lacking.text)
         cluster.start()

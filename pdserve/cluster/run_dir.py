@@ -33,7 +33,7 @@ _SHORT_NAME = re.compile(r"pds-[0-9a-f]{12}")
 _LONGEST_TMP = 16
 HASH_KEY_BYTES = 32
 MIN_TOKEN_CHARS = 16
-_FREE_BYTES_MIN = 200 * 2**20
+FREE_BYTES_MIN = 200 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,9 +162,9 @@ def _fresh_run(name: str, state_dir: Path, orphans: tuple[Marked, ...], lock_fd:
 
 def _check_space(folder: Path) -> None:
     free = shutil.disk_usage(folder).free
-    if free < _FREE_BYTES_MIN:
+    if free < FREE_BYTES_MIN:
         raise ConfigError(
-            f"disk full: {free // 2**20} MiB free at {folder}, {_FREE_BYTES_MIN // 2**20} needed"
+            f"disk full: {free // 2**20} MiB free at {folder}, {FREE_BYTES_MIN // 2**20} needed"
         )
 
 

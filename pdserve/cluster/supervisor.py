@@ -18,7 +18,6 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pdserve.cluster import orphans, ray_node, router_view
@@ -31,7 +30,7 @@ from pdserve.cluster.router_process import Addresses, RouterProcess, RouterSpec
 from pdserve.cluster.run_dir import Run, cluster_token, hash_key, open_run
 from pdserve.config import Config
 from pdserve.engine.progress import Progress as ModelStep
-from pdserve.engine.resolve import PreparedModel, default_cache, prepare_model
+from pdserve.engine.resolve import PreparedModel, cache_folder, prepare_model
 from pdserve.errors import DeadlineExceeded
 from pdserve.rpc.identity import Caller, mint
 from pdserve.rpc.tls import internal_tls
@@ -227,9 +226,7 @@ class Cluster:
         def step(at: ModelStep) -> None:
             progress.update("model", at.text, (at.index - 1) / max(1, at.total))
 
-        cache = self.config.model_cache
-        folder = Path(cache).expanduser().resolve() if cache else default_cache()
-        prepared = prepare_model(self.config.model, folder, step)
+        prepared = prepare_model(self.config.model, cache_folder(self.config), step)
         progress.end("model", f"model {prepared.served_name}: {prepared.path}")
         return prepared
 

@@ -11,11 +11,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from pdserve.config_load import load_config
 from pdserve.engine.progress import Progress
-from pdserve.engine.resolve import default_cache, prepare_model
+from pdserve.engine.resolve import cache_folder, prepare_model
 from pdserve.errors import ConfigError
 
 
@@ -26,9 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     try:
         config = load_config(parsed.config, parsed.set)
-        cache = config.model_cache
-        folder = Path(cache).expanduser().resolve() if cache else default_cache()
-        prepared = prepare_model(config.model, folder, _say)
+        prepared = prepare_model(config.model, cache_folder(config), _say)
     except ConfigError as error:
         print(f"fetch: {error}", file=sys.stderr)
         return 2

@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from pdserve.config import ModelConfig
+from pdserve.config import Config, ModelConfig
 from pdserve.engine.convert import REVISION, convert_gguf
 from pdserve.engine.embedded import find_embedded
 from pdserve.engine.progress import Progress, ProgressSink
@@ -34,6 +34,21 @@ def default_cache() -> Path:
     return Path.home() / ".cache" / "pdserve" / "models"
 
 
+def cache_folder(config: Config) -> Path:
+    """Where converted models are kept."""
+    given = config.model_cache
+    return Path(given).expanduser().resolve() if given else default_cache()
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a path that is no folder here would be asked for on the model hub."""
+    return not _looks_local(path) and HUB_ID.fullmatch(path) is not None
+
+
+def _looks_local(path: str) -> bool:
+    return path.startswith((".", "/", "~")) or path.count("/") > 1
+
+
 def prepare_model(model: ModelConfig, cache_dir: Path, progress: ProgressSink) -> PreparedModel:
     """Makes the model available as a folder. ConfigError: one line that says what is wrong."""
     name = model.served_name or model.path.rstrip("/").rsplit("/", 1)[-1]
@@ -48,10 +63,9 @@ def prepare_model(model: ModelConfig, cache_dir: Path, progress: ProgressSink) -
                 f"{folder} is no model folder: it has no config.json", param="model.path"
             )
         return PreparedModel(folder.resolve(), name)
-    looks_local = model.path.startswith((".", "/", "~")) or model.path.count("/") > 1
-    if looks_local or folder.is_file():
+    if _looks_local(model.path) or folder.is_file():
         raise ConfigError(f"there is no model folder {model.path}", param="model.path")
-    if not HUB_ID.fullmatch(model.path):
+    if not is_hub_id(model.path):
         raise ConfigError(
             f"{model.path!r} is neither a folder nor a hub id (owner/name)", param="model.path"
         )

@@ -11,13 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from pdserve.cli import checks
 from pdserve.cli.main import main
 from pdserve.cli.show import PlainShow
 from pdserve.cli.status import table
 from pdserve.cluster.run_dir import open_run
-from pdserve.config import Config, ModelConfig
-from pdserve.config_load import load_config
+from pdserve.config import Config
 
 
 def up(capsys: pytest.CaptureFixture[str], tmp_path: Path, *arguments: str) -> tuple[int, str]:
@@ -138,29 +136,6 @@ def test_mixed_alone_replaces_the_other_pools() -> None:
     assert pools("--mixed", "2") == (0, 0, 2)
     assert pools("--mixed", "2", "--decode", "1") == (1, 1, 2)
     assert pools("--mixed", "2", "--set", "pools.prefill=3") == (3, 0, 2)
-
-
-def test_doctor_looks_at_real_things(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert checks.shared_memory().good
-    assert checks.redis_server(Config()).good
-    assert "6." in checks.redis_server(Config()).text
-    assert checks.clock().good
-    assert checks.packages().good
-    assert not checks.model(Config(model=ModelConfig(path="/no/such"))).good
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        found = checks.ports(load_config(overrides=[f"router.http_port={port}"]))
-        assert not found.good
-        assert str(port) in found.text
-        assert main(["doctor", "--set", f"router.http_port={port}"]) == 1
-        assert f"BAD  ports          router.http_port = {port}" in capsys.readouterr().out
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setenv("PATH", "/no/such")
-    assert not checks.compiler().good
-    assert not checks.compiler().fatal
-    assert "slower" in checks.compiler().text
 
 
 def test_plain_progress_is_whole_lines_from_any_thread(

@@ -83,6 +83,16 @@ def short_dir(state: Path) -> Path:
     return Path(json.loads((state / "run.json").read_text())["short_dir"])
 
 
+def check_doctor(up: Up, url: str) -> None:
+    """It knows the ports and the health of the cluster that runs as its own."""
+    port = url.rpartition(":")[2]
+    done = up.command("doctor", "--json", "--set", f"router.http_port={port}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {check["name"]: check["text"] for check in json.loads(done.stdout)["checks"]}
+    assert f"{port} is this cluster's own" in found["ports"]
+    assert f"runs (pid {up.process.pid}) with 2 workers, all ready" in found["cluster"]
+
+
 def test_it_proves_itself_serves_and_cleans_up_after_a_kill(model: Path, state: Path) -> None:
     first = Up(state, model)
     url = first.wait_ready()
@@ -100,6 +110,7 @@ def test_it_proves_itself_serves_and_cleans_up_after_a_kill(model: Path, state: 
     told = first.command("generate", "Hello", "--max-tokens", "3", "--usage")
     assert told.returncode == 0, told.stderr
     assert "written by decode-0" in told.stderr
+    check_doctor(first, url)
     second = first.command("up")
     assert second.returncode == 2
     assert f"already runs (pid {first.process.pid}, {url})" in second.stderr
