@@ -73,9 +73,9 @@ class Pod:
         hidden = _hidden_folder(Path(sys.base_prefix))
         script = [
             "set -e",
-            *(_expose(hidden) if hidden else ()),
+            *(_cover(hidden, "755", Path(sys.base_prefix)) if hidden else ()),
             "mount -t tmpfs -o mode=1777 tmpfs /dev/shm",
-            "mount -t tmpfs -o mode=1777 tmpfs /tmp",
+            *_cover(Path("/tmp"), "1777", ROOT),
             f"mount --bind {self._site.folder}/hosts /etc/hosts",
             f"mount --bind {self._site.folder}/resolv.conf /etc/resolv.conf",
             f"mount --bind {self._site.folder} {self._site.folder}",
@@ -179,15 +179,17 @@ def _hidden_folder(prefix: Path) -> Path | None:
     return None
 
 
-def _expose(hidden: Path) -> Sequence[str]:
-    """Lets everybody pass through ``hidden``, inside the mount namespace alone, to Python."""
-    prefix = Path(sys.base_prefix)
-    assert hidden != prefix, f"{prefix} itself is closed"
+def _cover(folder: Path, mode: str, kept: Path) -> Sequence[str]:
+    """Lays an empty folder over ``folder``, inside the mount namespace alone; ``kept`` stays."""
+    assert folder != kept, f"{kept} itself is covered"
+    empty = f"mount -t tmpfs -o mode={mode} tmpfs {folder}"
+    if not kept.is_relative_to(folder):
+        return [empty]
     return [
-        f"mount --bind {prefix} /mnt",
-        f"mount -t tmpfs -o mode=755 tmpfs {hidden}",
-        f"mkdir -p {prefix}",
-        f"mount --bind /mnt {prefix}",
+        f"mount --bind {kept} /mnt",
+        empty,
+        f"mkdir -p {kept}",
+        f"mount --bind /mnt {kept}",
         "umount /mnt",
     ]
 
