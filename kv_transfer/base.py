@@ -59,7 +59,8 @@ class ReadReport:
 class BlockReader(Protocol):
     """Reads one peer incarnation's blocks into the local pool. One thread at a time."""
 
-    transport: Transport
+    @property
+    def transport(self) -> Transport: ...
 
     def read(
         self, offers: Sequence[BlockOffer], into: Sequence[int], deadline: float
