@@ -23,12 +23,14 @@ from cache_tiers.codec import HEADER_BYTES
 from cache_tiers.fence import ForgetFence
 from cache_tiers.host import HostTier
 from cache_tiers.read_path import ReadPath
+from cache_tiers.read_times import ReadTimes
 from cache_tiers.redis_tier import RedisTier
 from cache_tiers.workers import Workers
 from cache_tiers.write_path import Clearing, SpanOf, UnpinSink, WriteCounts, WriteLimits, WritePath
 from pdserve.config import CacheConfig
 from pdserve.engine.api import TierRead, TierReadDone, WriteBack
 from pdserve.errors import TierError
+from pdserve.telemetry.timeline import Phase
 from pdserve.types import BlockKey, Fingerprint, Incarnation, Tier, TierBlocks
 
 logger = logging.getLogger(__name__)
@@ -71,6 +73,7 @@ class TierManager:
         limits: WriteLimits = WRITE_LIMITS,
     ) -> None:
         self._span = span
+        self._span_bytes = span_bytes
         self._complaints: list[str] = []
         self._host = self._open_host(config, span_bytes, incarnation)
         self._redis = self._open_redis(config, redis_url, span_bytes, fingerprint, incarnation)
@@ -168,10 +171,12 @@ class TierManager:
     def _handle_read(self, work: tuple[TierRead, ReadSink]) -> None:
         job, done = work
         hits: Sequence[Tier] = ()
+        times = ReadTimes(self._span_bytes)
         try:
-            hits = self._read_path.read(job.keys, [self._span(block) for block in job.blocks])
+            spans = [self._span(block) for block in job.blocks]
+            hits = self._read_path.read(job.keys, spans, times)
         finally:
-            done(_read_done(job, hits))
+            done(_read_done(job, hits, times.phases()))
 
     def _open_host(
         self, config: CacheConfig, span_bytes: int, incarnation: Incarnation
@@ -210,5 +215,5 @@ class TierManager:
         self._complaints.append(text)
 
 
-def _read_done(job: TierRead, hits: Sequence[Tier]) -> TierReadDone:
-    return TierReadDone(job.seq, (*hits, *[None] * (len(job.keys) - len(hits))))
+def _read_done(job: TierRead, hits: Sequence[Tier], phases: tuple[Phase, ...] = ()) -> TierReadDone:
+    return TierReadDone(job.seq, (*hits, *[None] * (len(job.keys) - len(hits))), phases)

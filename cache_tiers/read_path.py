@@ -8,11 +8,13 @@ in the host tier. A tier that fails is a tier that has nothing: it has counted i
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
 
 from cache_tiers.fence import ForgetFence
 from cache_tiers.host import HostTier
+from cache_tiers.read_times import ReadTimes
 from cache_tiers.redis_tier import RedisTier
 from pdserve.errors import TierError
 from pdserve.types import BlockKey, Incarnation, Tier
@@ -30,14 +32,16 @@ class ReadPath:
         self._wanted = 0
         self._hits: Counter[Tier] = Counter()
 
-    def read(self, keys: Sequence[BlockKey], into: Sequence[memoryview]) -> list[Tier]:
+    def read(
+        self, keys: Sequence[BlockKey], into: Sequence[memoryview], times: ReadTimes
+    ) -> list[Tier]:
         """Fills a prefix of ``into``; returns which tier filled each block of it.
 
-        Touches no buffer after it returned.
+        Touches no buffer after it returned. ``times`` hears how long each tier took.
         """
         read = self._fence.enter(keys)
         try:
-            hits = self._read(keys[: read.usable], into)
+            hits = self._read(keys[: read.usable], into, times)
         finally:
             forgotten = self._fence.leave(read)
             if forgotten and self._host is not None:
@@ -65,15 +69,23 @@ class ReadPath:
         with self._lock:
             return self._wanted, dict(self._hits)
 
-    def _read(self, keys: Sequence[BlockKey], into: Sequence[memoryview]) -> list[Tier]:
+    def _read(
+        self, keys: Sequence[BlockKey], into: Sequence[memoryview], times: ReadTimes
+    ) -> list[Tier]:
         hits: list[Tier] = []
         while len(hits) < len(keys):
             at = len(hits)
             if self._host is not None:
-                hits += [Tier.HOST] * self._host.get(keys[at:], into[at : len(keys)], timeout=0.0)
+                began = time.monotonic()
+                held = self._host.get(keys[at:], into[at : len(keys)], timeout=0.0)
+                times.took(Tier.HOST, began, held)
+                hits += [Tier.HOST] * held
                 at = len(hits)
             run = self._run(keys[at:])
+            began = time.monotonic()
             found = self._from_redis(keys[at : at + run], into[at : at + run])
+            if run:
+                times.took(Tier.REDIS, began, found)
             hits += [Tier.REDIS] * found
             if found < run or run == 0:
                 break

@@ -30,6 +30,7 @@ from pdserve.errors import (
 )
 from pdserve.faults import Step, board
 from pdserve.rpc import convert
+from pdserve.rpc.convert_timeline import phases_from_proto
 from pdserve.types import PROTOCOL_VERSION, Incarnation, WorkerFacts
 from pdserve.v1 import inference_pb2, kv_pb2, worker_pb2
 from pdserve.worker.bridge import EngineBridge, SequenceEvent
@@ -127,6 +128,7 @@ class Attempt:
             self._reader = asyncio.ensure_future(self._services.open_reader(endpoint))
             return self._machine.accepted()
         if kind == "started":
+            self._record.started()
             return self._machine.started()
         if kind == "offer":
             return self._machine.offered(self._offers(message.offer))
@@ -144,6 +146,7 @@ class Attempt:
         record.cached = convert.cached_tokens_from_proto(finished.cached_tokens)
         record.chunks = tuple(convert.chunk_timing_from_proto(c) for c in finished.chunks)
         record.preemptions += finished.preemptions
+        record.peer_phases = phases_from_proto(finished.phases)
         finish = convert.finish_reason_from_proto(finished.finish_reason)
         token = None
         if finished.HasField("first_token"):
@@ -187,7 +190,7 @@ class Attempt:
                 error = TransferError(str(error))
             self._perform(self._machine.read_failed(effect.offers, error))
         else:
-            self._record.read(effect.offers, report, reader.transport.value)
+            self._record.read(effect.offers, report, reader.transport)
             self._perform(self._machine.read_done(effect.offers, report))
 
     # ---- the engine
@@ -198,6 +201,7 @@ class Attempt:
         elif isinstance(event, api.Reserved):
             self._perform(self._machine.reserved(event))
         elif isinstance(event, api.Failed):
+            self._record.recorder.extend(event.phases)
             self._perform(self._machine.engine_failed(event.error))
 
     # ---- effects
@@ -230,6 +234,7 @@ class Attempt:
             return  # cancelled before the call was opened
         if isinstance(effect, protocol.SendGrant):
             board.hit(Step.DECODE_GRANT)
+            self._record.granted(len(effect.block_indices))
             self._peer.grant(effect.block_indices)
         elif isinstance(effect, protocol.SendDone):
             self._peer.done()
@@ -262,11 +267,13 @@ class Attempt:
         if effect.finish is not None or not self._facts_sent:
             self._facts_sent = True
             event.facts.CopyFrom(self._record.to_proto())
+            event.phases.extend(self._record.take_phases(self._services.facts.id))
         self._emit(event)
 
     def _note(self, source: api.Tokens) -> None:
         record = self._record
         record.preemptions = max(record.preemptions, source.preemptions)
+        record.recorder.extend(source.phases)
         if not self._start.HasField("prefill"):
             record.cached = source.cached
             record.chunks = source.chunks
@@ -285,7 +292,10 @@ class Attempt:
                 self._start.prefill.worker_id if effect.peer_at_fault and retryable else ""
             ),
         )
-        self._emit(worker_pb2.AttemptEvent(attempt_id=self._submit.seq, failure=failure))
+        phases = self._record.take_phases(self._services.facts.id)
+        self._emit(
+            worker_pb2.AttemptEvent(attempt_id=self._submit.seq, failure=failure, phases=phases)
+        )
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

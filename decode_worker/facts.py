@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from kv_transfer.base import BlockOffer, ReadReport
 from pdserve.rpc import convert
-from pdserve.types import CachedTokens, ChunkTiming
-from pdserve.v1 import worker_pb2
+from pdserve.rpc.convert_timeline import phases_to_proto
+from pdserve.telemetry.timeline import Phase, PhaseName, Recorder, between
+from pdserve.types import CachedTokens, ChunkTiming, Transport, WorkerId
+from pdserve.v1 import kv_pb2, worker_pb2
 
 
 @dataclass(slots=True)
@@ -23,14 +26,41 @@ class AttemptRecord:
     cached: CachedTokens = field(default_factory=CachedTokens)
     preemptions: int = 0
     chunks: tuple[ChunkTiming, ...] = ()
+    # This worker's own phases, and the prefill worker's as it told them.
+    recorder: Recorder = field(default_factory=Recorder)
+    peer_phases: tuple[Phase, ...] = ()
+    _started: float = 0.0  # when the prefill worker had begun
     # block position -> when its bytes moved (first, last); seconds of CLOCK_MONOTONIC
     _moved: dict[int, tuple[float, float]] = field(default_factory=dict)
 
-    def read(self, offers: Sequence[BlockOffer], report: ReadReport, transport: str) -> None:
+    def started(self) -> None:
+        self._started = time.monotonic()
+
+    def granted(self, blocks: int) -> None:
+        now = time.monotonic()
+        self.recorder.add(between(PhaseName.GRANT, self._started, now, blocks=blocks))
+
+    def read(self, offers: Sequence[BlockOffer], report: ReadReport, transport: Transport) -> None:
         self.bytes_moved += report.bytes_moved
-        self.transport = transport
+        self.transport = transport.value
+        self.recorder.add(
+            between(
+                PhaseName.TRANSFER,
+                report.first_byte,
+                report.last_byte,
+                bytes=report.bytes_moved,
+                blocks=len(offers),
+                transport=transport,
+            )
+        )
         for offer in offers:
             self._moved[offer.index] = (report.first_byte, report.last_byte)
+
+    def take_phases(self, worker: WorkerId) -> list[kv_pb2.Phase]:
+        """What ended since the last call; ``worker`` is this one."""
+        own = self.recorder.take()
+        peers, self.peer_phases = self.peer_phases, ()
+        return phases_to_proto(peers) + phases_to_proto(own, worker)
 
     def to_proto(self) -> worker_pb2.AttemptFacts:
         return worker_pb2.AttemptFacts(

@@ -145,6 +145,18 @@ def _admin_port_differs(config: Config) -> str:
     return f"admin.port = {port} is one of the router's ports: take another one"
 
 
+def _traces_endpoint(config: Config) -> str:
+    endpoint = config.telemetry.traces.endpoint
+    parts = urlsplit(endpoint)
+    whole = parts.scheme in ("http", "https") and parts.hostname and parts.path in ("", "/")
+    if not endpoint or whole:
+        return ""
+    return (
+        f"telemetry.traces.endpoint = {endpoint!r}: expected http://host:port or "
+        "https://host:port of an OTLP collector's gRPC port"
+    )
+
+
 def _strict_has_prefill(config: Config) -> str:
     if not config.router.strict or config.pools.prefill > 0 or config.pools.mixed > 0:
         return ""
@@ -172,6 +184,7 @@ RULES: tuple[Callable[[Config], str], ...] = (
     _redis_reachable,
     _ports_differ,
     _timers_order,
+    _traces_endpoint,
     _strict_has_prefill,
     _pools_below_bounds,
     _admin_is_guarded,

@@ -30,7 +30,8 @@ from pdserve.errors import (
 )
 from pdserve.faults import Step, board
 from pdserve.rpc import convert
-from pdserve.types import PROTOCOL_VERSION, WorkerFacts
+from pdserve.rpc.convert_timeline import phases_to_proto
+from pdserve.types import PROTOCOL_VERSION, WorkerFacts, WorkerId
 from pdserve.v1 import kv_pb2, kv_pb2_grpc
 from pdserve.worker.bridge import EngineBridge, SequenceEvent
 from pdserve.worker.wire import submit_from_wire
@@ -125,6 +126,10 @@ class PrefillService(kv_pb2_grpc.PrefillServicer):
             lambda: [offer_to_proto(self._exporter.offer(i, block)) for i, block in effect.blocks],
         )
         return kv_pb2.PrefillToDecode(offer=kv_pb2.Offer(blocks=offers))
+
+    @property
+    def worker(self) -> WorkerId:
+        return self._facts().id
 
     @property
     def lease_s(self) -> float:
@@ -238,6 +243,7 @@ class _Attempt:
             chunks=[convert.chunk_timing_to_proto(c) for c in self._machine.chunks],
             prompt_logprobs=convert.prompt_logprobs_to_proto(event.prompt_logprobs),
             preemptions=event.preemptions,
+            phases=phases_to_proto(event.phases, self._service.worker),
         )
         if event.tokens:
             finished.first_token.CopyFrom(convert.token_out_to_proto(event.tokens[0]))

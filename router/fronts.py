@@ -23,6 +23,7 @@ from router.model_files import load_model
 from router.service import Service
 from router.timelines import Timelines
 from router.tokens import TokenService
+from router.tracing import Exporter, open_exporter
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,12 @@ class Fronts:
     """``http_address`` and ``grpc_address`` are host:port as they were bound."""
 
     def __init__(
-        self, http: HttpFront, grpc: GrpcFront, tokens: TokenService, dispatcher: Dispatcher
+        self,
+        http: HttpFront,
+        grpc: GrpcFront,
+        tokens: TokenService,
+        dispatcher: Dispatcher,
+        exporter: Exporter | None,
     ) -> None:
         self.http_address = http.address
         self.grpc_address = grpc.address
@@ -43,6 +49,7 @@ class Fronts:
         self._grpc = grpc
         self._tokens = tokens
         self._dispatcher = dispatcher
+        self._exporter = exporter
         self._watch = asyncio.create_task(self._follow_readiness(), name="front-readiness")
 
     async def close(self) -> None:
@@ -51,6 +58,8 @@ class Fronts:
         await asyncio.gather(self._watch, return_exceptions=True)
         await asyncio.gather(self._http.close(), self._grpc.close(CLOSE_S))
         self._tokens.close()
+        if self._exporter is not None:
+            await asyncio.to_thread(self._exporter.close)
 
     async def _follow_readiness(self) -> None:
         known: bool | None = None
@@ -86,7 +95,11 @@ async def start_fronts(
     metrics.watch_workers(dispatcher.workers)
     if counters is not None:
         metrics.watch_counters(counters)
-    timelines = Timelines(config.telemetry.timelines)
+    exporter = open_exporter(config.telemetry.traces)
+    if exporter is not None:
+        metrics.watch_counters(exporter.counts)
+    tell = None if exporter is None else exporter.offer
+    timelines = Timelines(config.telemetry.timelines, tell)
     service = Service(config.router, tokens, dispatcher, metrics, timelines)
     http = None
     try:
@@ -96,5 +109,7 @@ async def start_fronts(
         if http is not None:
             await http.close()
         tokens.close()
+        if exporter is not None:
+            exporter.close()
         raise
-    return Fronts(http, grpc, tokens, dispatcher)
+    return Fronts(http, grpc, tokens, dispatcher, exporter)

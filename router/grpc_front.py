@@ -26,6 +26,7 @@ from grpc_reflection.v1alpha import reflection
 from pdserve.errors import ConfigError, DeadlineExceeded
 from pdserve.rpc.channels import bind
 from pdserve.rpc.status import ErrorsToStatus
+from pdserve.telemetry.trace_context import TRACEPARENT, TRACESTATE, TraceContext, read_context
 from pdserve.v1 import inference_pb2
 from router import grpc_requests
 from router.api import Principal
@@ -67,7 +68,7 @@ class InferenceHandlers:
             principal = self._principal(context)
             message = grpc_requests.parse(inference_pb2.GenerateRequest, data)
             raw = grpc_requests.raw_request(message)
-            prepared = await self._service.prepare(raw, principal, deadline)
+            prepared = await self._service.prepare(raw, principal, deadline, _trace(context))
         job = prepared.jobs[0]
         try:
             async with asyncio.timeout(deadline - time.monotonic() + GRACE_S) as scope:
@@ -144,6 +145,15 @@ class InferenceHandlers:
                 ),
             },
         )
+
+
+def _trace(context: grpc.aio.ServicerContext) -> TraceContext:
+    metadata = context.invocation_metadata() or ()
+    values = {
+        name: [value for key, value in metadata if key == name and isinstance(value, str)]
+        for name in (TRACEPARENT, TRACESTATE)
+    }
+    return read_context(values[TRACEPARENT], values[TRACESTATE])
 
 
 class GrpcFront:

@@ -12,6 +12,7 @@ import time
 
 from aiohttp import web
 
+from pdserve.telemetry.trace_context import TRACEPARENT, TRACESTATE, read_context
 from router import openai_fields
 from router.auth import KeyRing
 from router.fanout import Fanout
@@ -64,7 +65,9 @@ class OpenAiHandlers:
         if body.get("request_id") is None:
             body = {**body, "request_id": request[REQUEST_ID]}
         ask = openai_fields.parse(kind, body, max_prompts=self._config.max_prompts)
-        return ask, await self._service.prepare(ask.raw, principal, deadline)
+        headers = request.headers
+        trace = read_context(headers.getall(TRACEPARENT, ()), headers.getall(TRACESTATE, ()))
+        return ask, await self._service.prepare(ask.raw, principal, deadline, trace)
 
     async def _stream(
         self, events: EventStream, ask: Ask, answer: Answer, fanout: Fanout

@@ -18,7 +18,6 @@ from router.http_errors import json_response
 from router.timelines import Timeline, Timelines
 
 _MS = 1e6
-_ATTRIBUTES = ("attempt", "tokens", "bytes", "blocks", "reason", "prefill_worker", "decode_worker")
 
 
 class RequestHandlers:
@@ -96,14 +95,5 @@ def span_object(phase: Phase, origin_ns: int) -> dict[str, Any]:
         "who": phase.who,
         "start_ms": (phase.start_ns - origin_ns) / _MS,
         "duration_ms": phase.duration_ns / _MS,
-        "attributes": attributes(phase),
+        "attributes": phase.attributes(),
     }
-
-
-def attributes(phase: Phase) -> dict[str, str | int]:
-    """Those that say something."""
-    named: dict[str, str | int] = {name: getattr(phase, name) for name in _ATTRIBUTES}
-    named["tier"] = phase.tier.value if phase.tier is not None else ""
-    named["transport"] = phase.transport.value if phase.transport is not None else ""
-    named["merged"] = phase.merged
-    return {name: value for name, value in named.items() if value}

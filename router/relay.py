@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pdserve.errors import PdserveError, ProtocolError, from_wire
+from pdserve.rpc.convert_timeline import phases_from_proto
 from pdserve.types import FinishReason
 from pdserve.v1 import worker_pb2
 from router.attempt import Attempt
@@ -67,9 +68,10 @@ def _apply(
     event: worker_pb2.AttemptEvent,
     counters: Counters,
 ) -> Accepted | Failure:
-    if event.HasField("failure"):
-        return _reported(request, attempt, event.failure)
     try:
+        if event.HasField("failure"):
+            request.timeline.add(phases_from_proto(event.phases))
+            return _reported(request, attempt, event.failure)
         part = request.accept(event)
     except ProtocolError as error:
         counters.protocol_errors += 1

@@ -19,7 +19,8 @@ from cache_tiers.keys import KeyMaker
 from pdserve.errors import ProtocolError
 from pdserve.lifecycle import REQUEST, RequestEvent, RequestState
 from pdserve.rpc import convert
-from pdserve.telemetry.timeline import PhaseName
+from pdserve.rpc.convert_timeline import phases_from_proto
+from pdserve.telemetry.timeline import Phase, PhaseName
 from pdserve.types import (
     AttemptTokens,
     BlockKey,
@@ -189,7 +190,9 @@ class RequestLog:
             self._check(event.offset, tokens)
         finish = convert.finish_reason_from_proto(event.finish_reason)
         how = self._now
+        phases: tuple[Phase, ...] = ()
         if event.HasField("facts"):
+            phases = phases_from_proto(event.phases)
             how = _HowMade.read(event.facts, how.decode_worker)
         prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
         if event.prompt_logprobs and self.bypass_cache:
@@ -197,6 +200,7 @@ class RequestLog:
             self._check_prompt_logprobs(prompt_logprobs)
         # Everything is checked; from here on nothing fails.
         self._now = how
+        self.timeline.add(phases)
         self._prompt_logprobs_sent |= bool(prompt_logprobs)
         if tokens:
             self.generated.extend(token.token_id for token in tokens)

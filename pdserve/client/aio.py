@@ -61,6 +61,8 @@ class AsyncClient:
         model: str = "",
         generated_token_ids: Sequence[int] = (),
         timeout_s: float | None = None,
+        traceparent: str = "",
+        tracestate: str = "",
         **sampling: Any,
     ) -> AsyncGenerator[Chunk, None]:
         """Yields chunks without gap or repeat; ``sampling``: the fields of SamplingOptions.
@@ -76,6 +78,8 @@ class AsyncClient:
             model,
             generated_token_ids,
             timeout_s,
+            traceparent,
+            tracestate,
         )
         session = Session(ask, self._options)
         while True:
@@ -109,7 +113,7 @@ class AsyncClient:
         call = self._stub().Generate(
             session.request(),
             timeout=session.remaining_s(),
-            metadata=self._options.metadata(),
+            metadata=session.metadata,
         )
         try:
             async for message in call:

@@ -34,6 +34,7 @@ from pdserve.rpc.convert import (
     token_logprob_from_proto,
     usage_from_proto,
 )
+from pdserve.telemetry.trace_context import TRACEPARENT, TRACESTATE
 from pdserve.types import FinishReason, Numerics
 from pdserve.v1 import inference_pb2
 
@@ -54,6 +55,13 @@ class Ask:
     model: str = ""
     generated_token_ids: Sequence[int] = ()
     timeout_s: float | None = None
+    # W3C trace context, sent with every attempt: what is resumed stays in its trace.
+    traceparent: str = ""
+    tracestate: str = ""
+
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        headers = ((TRACEPARENT, self.traceparent), (TRACESTATE, self.tracestate))
+        return tuple((name, value) for name, value in headers if value)
 
 
 class Session:
@@ -62,6 +70,7 @@ class Session:
     def __init__(self, ask: Ask, options: ClientOptions) -> None:
         self._ask = ask
         self._options = options
+        self.metadata = (*options.metadata(), *ask.metadata())
         self.request_id = ask.request_id or uuid.uuid4().hex
         seed = ask.sampling.seed
         self._seed = secrets.randbits(SEED_BITS) if seed is None else seed

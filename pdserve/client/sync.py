@@ -64,6 +64,8 @@ class Client:
         model: str = "",
         generated_token_ids: Sequence[int] = (),
         timeout_s: float | None = None,
+        traceparent: str = "",
+        tracestate: str = "",
         **sampling: Any,
     ) -> Generator[Chunk, None, None]:
         """Yields chunks without gap or repeat; ``sampling``: the fields of SamplingOptions.
@@ -79,6 +81,8 @@ class Client:
             model,
             generated_token_ids,
             timeout_s,
+            traceparent,
+            tracestate,
         )
         session = Session(ask, self._options)
         while True:
@@ -109,7 +113,7 @@ class Client:
         call = self._stub.Generate(
             session.request(),
             timeout=session.remaining_s(),
-            metadata=self._options.metadata(),
+            metadata=session.metadata,
         )
         try:
             for message in call:

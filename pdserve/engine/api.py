@@ -25,10 +25,11 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NewType
 
 from pdserve.errors import PdserveError
+from pdserve.telemetry.timeline import Phase
 from pdserve.types import (
     AttemptTokens,
     BlockKey,
@@ -79,6 +80,7 @@ class TierReadDone:
 
     seq: SeqId
     hits: tuple[Tier | None, ...]
+    phases: tuple[Phase, ...] = field(default=(), compare=False)  # one for each tier asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,12 +209,15 @@ class Tokens:
     cached: CachedTokens = CachedTokens()
     chunks: tuple[ChunkTiming, ...] = ()
     preemptions: int = 0
+    # On the first event of a sequence and on the one that ends it: what ended since.
+    phases: tuple[Phase, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
     seq: SeqId
     error: PdserveError
+    phases: tuple[Phase, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)

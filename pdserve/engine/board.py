@@ -60,6 +60,8 @@ class Board:
         self.owed = 0  # tokens still to compute before sampling, over all sequences
         self.preemptions = 0
         self.moves = 0
+        # The engine's clock at the last command or step; for journals alone, no move depends on it.
+        self.now = 0.0
         self._open_sampler = open_sampler
 
     @property
@@ -87,12 +89,14 @@ class Board:
         self.sequences[seq.id] = seq
         self.counts[seq.state] += 1
         self.waiting.add(seq)
+        seq.journal.waits(self.now)
         self._owe(seq, seq.known)
 
     def admit(self, seq: Sequence) -> None:
         """The waiting sequence has blocks for every known token: fetch what tiers may hold."""
         self.waiting.remove(seq)
         self._advance(seq, SequenceEvent.ADMIT)
+        seq.journal.admitted(self.now, seq.committed, self.limits.block_size)
         if not seq.admitted_before:
             seq.admitted_before = True
             self.events.append(Admitted(seq.id, device_hit_blocks=seq.committed))
@@ -197,6 +201,7 @@ class Board:
             seq.prompt_logprobs.clear()
         self.preemptions += 1
         self.waiting.add(seq)
+        seq.journal.waits(self.now)
         self._owe(seq, seq.known)
 
     # ---- tokens and endings ----------------------------------------------------------------------
@@ -207,6 +212,7 @@ class Board:
         seq.computed = seq.known
         self.kv.commit(seq, seq.known // self.limits.block_size)
         self._advance(seq, SequenceEvent.ARRIVED)
+        seq.journal.decodes(self.now)
         seq.job = Job.GENERATE
         self.active.add(seq)
 
@@ -242,7 +248,8 @@ class Board:
             self.end(seq, event)
 
     def fail(self, seq: Sequence, error: PdserveError) -> None:
-        self.end(seq, Failed(seq.id, error))
+        seq.journal.ended(self.now, seq.known)
+        self.end(seq, Failed(seq.id, error, seq.journal.take()))
 
     def end(self, seq: Sequence, event: Tokens | Failed) -> None:
         """The one ending of a sequence. Blocks that are lent stay until their lender is done."""
@@ -291,8 +298,14 @@ class Board:
             seq.spoke = True
             prompt_logprobs = tuple(seq.prompt_logprobs)
             seq.prompt_logprobs.clear()
+            seq.journal.first_token(self.now)
+            if not last:
+                phases = seq.journal.take()
+                return Tokens(seq.id, seq.generated, tokens, None, prompt_logprobs, phases=phases)
         if not last:
-            return Tokens(seq.id, seq.generated, tokens, None, prompt_logprobs)
+            return Tokens(seq.id, seq.generated, tokens)
+        if seq.job is not Job.PREFILL:
+            seq.journal.ended(self.now, seq.known + len(tokens))
         return Tokens(
             seq.id,
             seq.generated,
@@ -302,6 +315,7 @@ class Board:
             seq.cached(self.limits.block_size),
             tuple(seq.chunks),
             seq.preemptions,
+            seq.journal.take(),
         )
 
     # ---- self-check ------------------------------------------------------------------------------

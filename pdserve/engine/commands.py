@@ -130,6 +130,7 @@ def _tier_read_done(board: Board, command: TierReadDone) -> bool:
     if seq is None or seq.state is not SequenceState.FETCHING:
         return False
     seq.lent_to = None
+    seq.journal.read(command.phases)
     board.kv.fill_from_tiers(seq, command.hits)
     board.begin(seq)
     return True

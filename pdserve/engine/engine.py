@@ -195,7 +195,7 @@ class Engine:
             if isinstance(command, Inspect):
                 self._inspect(command, self._scheduler.snapshot(self._steps, check=True))
             else:
-                self._scheduler.handle(command)
+                self._scheduler.handle(command, self._clock())
 
     def _inspect(self, command: Inspect, snapshot: EngineSnapshot) -> None:
         try:

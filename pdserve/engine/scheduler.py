@@ -1,6 +1,6 @@
 """What each step computes: a plan over the board, without a model, a clock or a thread.
 
-    handle(command)...  expire(now)  plan() -> rows  [the runner computes]  apply(plan, results)
+    handle(command, now)...  expire(now)  plan() -> rows  [computed]  apply(plan, results)
 
 A plan has one row for every RUNNING sequence, then prefill chunks in order of age under
 ``step_tokens`` and ``prefill_chunk``. Admission is strictly in order of (priority, arrival), all
@@ -104,8 +104,9 @@ class Scheduler:
 
     # ---- commands and time -----------------------------------------------------------------------
 
-    def handle(self, command: SchedulerCommand) -> None:
+    def handle(self, command: SchedulerCommand, now: float) -> None:
         self._arrivals += 1
+        self.board.now = now
         if not handle(self.board, command, self._arrivals):
             log.debug("%s came too late", type(command).__name__)
         elif isinstance(command, Submit) and command.deadline < float("inf"):
@@ -113,6 +114,7 @@ class Scheduler:
 
     def expire(self, now: float) -> None:
         """Fails the sequences whose deadline has passed. HELD ones are bounded by their lease."""
+        self.board.now = now
         while self._deadlines and self._deadlines[0][0] <= now:
             seq = self._expiring(heapq.heappop(self._deadlines))
             if seq is not None and seq.state is not SequenceState.HELD:
@@ -262,6 +264,7 @@ class Scheduler:
         ended: float,
     ) -> None:
         """``results[i]`` is what came of ``plan.work[i]``; times of the whole step, in seconds."""
+        self.board.now = ended
         for work, result in zip(plan.work, results, strict=True):
             if isinstance(result, PdserveError):
                 self.board.fail(work.seq, result)
@@ -274,6 +277,7 @@ class Scheduler:
     def _chunk_done(self, work: Work, result: RowResult, started: float, ended: float) -> None:
         seq, row = work.seq, work.row
         chunk = ChunkTiming(row.start, len(row.tokens), started, ended)
+        seq.journal.computed(started, ended, len(row.tokens))
         if not seq.spoke:
             seq.chunks.append(chunk)
             if seq.wants_prompt_logprobs:

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pdserve.engine.api import BlockHasher, Job, SeqId, Submit
+from pdserve.engine.journal import Journal
 from pdserve.engine.step import SamplerState
 from pdserve.lifecycle import SEQUENCE, SequenceEvent, SequenceState
 from pdserve.types import BlockKey, CachedTokens, ChunkTiming, Sampling, Tier, TokenLogprob
@@ -47,6 +48,7 @@ class Sequence:
     keys: list[BlockKey]  # of full blocks of ``tokens``; grows with them
     caches: bool  # reads and fills the index and the tiers
     wants_prompt_logprobs: bool
+    journal: Journal
     state: SequenceState = SequenceState.WAITING
     blocks: list[int] = field(default_factory=list)
     computed: int = 0
@@ -84,6 +86,7 @@ class Sequence:
             # Log-probabilities of the prompt need every position computed.
             caches=not tokens.bypass_cache and not wants_prompt_logprobs,
             wants_prompt_logprobs=wants_prompt_logprobs,
+            journal=Journal(len(tokens.token_ids)),
         )
 
     @property

@@ -81,8 +81,23 @@ class Phase:
     def end_ns(self) -> int:
         return self.start_ns + self.duration_ns
 
+    def attributes(self) -> dict[str, str | int]:
+        """Those that say something, by name."""
+        named: dict[str, str | int] = {name: getattr(self, name) for name in _PLAIN}
+        named["tier"] = "" if self.tier is None else self.tier.value
+        named["transport"] = "" if self.transport is None else self.transport.value
+        return {name: value for name, value in named.items() if value}
 
-def between(name: PhaseName, start: float, end: float, **what: int | str | Tier | None) -> Phase:
+
+_PLAIN = (
+    *("attempt", "tokens", "bytes", "blocks", "reason"),
+    *("prefill_worker", "decode_worker", "merged"),
+)
+
+
+def between(
+    name: PhaseName, start: float, end: float, **what: int | str | Tier | Transport | None
+) -> Phase:
     """A phase between two moments of time.monotonic()."""
     first = unix_ns(start)
     return replace(Phase(name, first, max(0, unix_ns(end) - first)), **what)  # type: ignore[arg-type]

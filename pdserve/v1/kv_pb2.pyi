@@ -178,21 +178,49 @@ class Offer(_message.Message):
     blocks: _containers.RepeatedCompositeFieldContainer[BlockOffer]
     def __init__(self, blocks: _Optional[_Iterable[_Union[BlockOffer, _Mapping]]] = ...) -> None: ...
 
+class Phase(_message.Message):
+    __slots__ = ("name", "worker", "start_unix_ns", "duration_ns", "tokens", "bytes", "blocks", "tier", "transport", "reason", "merged")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    START_UNIX_NS_FIELD_NUMBER: _ClassVar[int]
+    DURATION_NS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    MERGED_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    worker: str
+    start_unix_ns: int
+    duration_ns: int
+    tokens: int
+    bytes: int
+    blocks: int
+    tier: str
+    transport: str
+    reason: str
+    merged: int
+    def __init__(self, name: _Optional[str] = ..., worker: _Optional[str] = ..., start_unix_ns: _Optional[int] = ..., duration_ns: _Optional[int] = ..., tokens: _Optional[int] = ..., bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., tier: _Optional[str] = ..., transport: _Optional[str] = ..., reason: _Optional[str] = ..., merged: _Optional[int] = ...) -> None: ...
+
 class PrefillFinished(_message.Message):
-    __slots__ = ("first_token", "finish_reason", "cached_tokens", "chunks", "prompt_logprobs", "preemptions")
+    __slots__ = ("first_token", "finish_reason", "cached_tokens", "chunks", "prompt_logprobs", "preemptions", "phases")
     FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CHUNKS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    PHASES_FIELD_NUMBER: _ClassVar[int]
     first_token: TokenOut
     finish_reason: _inference_pb2.FinishReason
     cached_tokens: _inference_pb2.CachedTokens
     chunks: _containers.RepeatedCompositeFieldContainer[_inference_pb2.ChunkTiming]
     prompt_logprobs: _containers.RepeatedCompositeFieldContainer[_inference_pb2.TokenLogprob]
     preemptions: int
-    def __init__(self, first_token: _Optional[_Union[TokenOut, _Mapping]] = ..., finish_reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ..., cached_tokens: _Optional[_Union[_inference_pb2.CachedTokens, _Mapping]] = ..., chunks: _Optional[_Iterable[_Union[_inference_pb2.ChunkTiming, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_inference_pb2.TokenLogprob, _Mapping]]] = ..., preemptions: _Optional[int] = ...) -> None: ...
+    phases: _containers.RepeatedCompositeFieldContainer[Phase]
+    def __init__(self, first_token: _Optional[_Union[TokenOut, _Mapping]] = ..., finish_reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ..., cached_tokens: _Optional[_Union[_inference_pb2.CachedTokens, _Mapping]] = ..., chunks: _Optional[_Iterable[_Union[_inference_pb2.ChunkTiming, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_inference_pb2.TokenLogprob, _Mapping]]] = ..., preemptions: _Optional[int] = ..., phases: _Optional[_Iterable[_Union[Phase, _Mapping]]] = ...) -> None: ...
 
 class TokenOut(_message.Message):
     __slots__ = ("token_id", "logprob")

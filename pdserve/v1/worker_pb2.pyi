@@ -268,7 +268,7 @@ class AttemptFacts(_message.Message):
     def __init__(self, cached_tokens: _Optional[_Union[_inference_pb2.CachedTokens, _Mapping]] = ..., prefill_worker: _Optional[str] = ..., kv_bytes_transferred: _Optional[int] = ..., kv_transport: _Optional[str] = ..., kv_skipped_reason: _Optional[str] = ..., preemptions: _Optional[int] = ..., chunks: _Optional[_Iterable[_Union[_inference_pb2.ChunkTiming, _Mapping]]] = ...) -> None: ...
 
 class AttemptEvent(_message.Message):
-    __slots__ = ("attempt_id", "offset", "tokens", "prompt_logprobs", "facts", "finish_reason", "failure")
+    __slots__ = ("attempt_id", "offset", "tokens", "prompt_logprobs", "facts", "finish_reason", "failure", "phases")
     ATTEMPT_ID_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -276,6 +276,7 @@ class AttemptEvent(_message.Message):
     FACTS_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
+    PHASES_FIELD_NUMBER: _ClassVar[int]
     attempt_id: bytes
     offset: int
     tokens: _containers.RepeatedCompositeFieldContainer[_kv_pb2.TokenOut]
@@ -283,7 +284,8 @@ class AttemptEvent(_message.Message):
     facts: AttemptFacts
     finish_reason: _inference_pb2.FinishReason
     failure: AttemptFailure
-    def __init__(self, attempt_id: _Optional[bytes] = ..., offset: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[_kv_pb2.TokenOut, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_inference_pb2.TokenLogprob, _Mapping]]] = ..., facts: _Optional[_Union[AttemptFacts, _Mapping]] = ..., finish_reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ..., failure: _Optional[_Union[AttemptFailure, _Mapping]] = ...) -> None: ...
+    phases: _containers.RepeatedCompositeFieldContainer[_kv_pb2.Phase]
+    def __init__(self, attempt_id: _Optional[bytes] = ..., offset: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[_kv_pb2.TokenOut, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_inference_pb2.TokenLogprob, _Mapping]]] = ..., facts: _Optional[_Union[AttemptFacts, _Mapping]] = ..., finish_reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ..., failure: _Optional[_Union[AttemptFailure, _Mapping]] = ..., phases: _Optional[_Iterable[_Union[_kv_pb2.Phase, _Mapping]]] = ...) -> None: ...
 
 class DecodeToRouter(_message.Message):
     __slots__ = ("incarnation", "events")

@@ -17,7 +17,13 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from pdserve.config import Config, ModelConfig, RouterConfig, SecurityConfig
+from pdserve.config import (
+    Config,
+    ModelConfig,
+    RouterConfig,
+    SecurityConfig,
+    TelemetryConfig,
+)
 from pdserve.errors import Overloaded, PdserveError
 from pdserve.rpc.identity import Caller, mint
 from pdserve.types import (
@@ -283,6 +289,7 @@ def running_world(
     router: RouterConfig | None = None,
     security: SecurityConfig | None = None,
     model: ModelConfig | None = None,
+    telemetry: TelemetryConfig | None = None,
     grpc_port: int = 0,
     dispatcher: ScriptedDispatcher | None = None,
     tokenizer: Tokenizer | None = None,
@@ -297,6 +304,7 @@ def running_world(
         router=dataclasses.replace(router or RouterConfig(), **ports),
         security=security or SecurityConfig(),
         model=model or ModelConfig(),
+        telemetry=telemetry or TelemetryConfig(),
     )
     boot = RouterBoot(
         config, str(folder), SERVED, mint("token", Caller.ROUTER), b"k" * 32, str(folder)
