@@ -1,6 +1,6 @@
 """Puts an engine together: model, pool, kernel and scheduler, with everything checked on the way.
 
-measure memory -> load and trace the model -> choose the kernel -> probe
+measure memory -> choose the kernel -> load and trace the model -> probe
   -> size the pool -> allocate it -> bind -> Engine (not started)
 """
 
@@ -62,14 +62,16 @@ def build_engine(
     if where.type == "cpu":
         torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
     free = measure_memory(where)
+    dtype = resolve_dtype(config.model)
+    library, kernel_note = choose_kernel(config, dtype, where)
     loaded = load_model(
         Path(model_path),
-        dtype=resolve_dtype(config.model),
+        dtype=dtype,
         numerics=Numerics(config.model.numerics),
         device=where,
         max_model_len=config.model.max_model_len,
+        library=library,
     )
-    library, attention_note = choose_kernel(config, loaded)
     report = probe(loaded, library)
     layout = block_layout(config.engine.block_size, loaded.dtype, loaded.shapes)
     size = size_pool(
@@ -85,8 +87,9 @@ def build_engine(
         pool_blocks or config.engine.pool_blocks,
     )
     memory = _allocate(size.blocks, layout, incarnation, where)
+    runner = ModelRunner(loaded, pool_view(memory.blocks, layout), library)
     engine = Engine(
-        runner=ModelRunner(loaded, pool_view(memory.blocks, layout), library),
+        runner=runner,
         block_size=layout.block_size,
         num_blocks=size.blocks,
         generations=memory.generations,
@@ -99,7 +102,8 @@ def build_engine(
     )
     notes = (
         *_model_notes(loaded),
-        attention_note,
+        kernel_note,
+        f"layers: {runner.layers_note}",
         f"probe: logits differ from eager attention's by {report.difference:.1e} "
         f"(at most {report.tolerance:g})",
         *_pool_notes(size, loaded),
@@ -108,7 +112,7 @@ def build_engine(
     return BuiltEngine(engine, memory, layout, _facts(model_path, loaded, layout), notes)
 
 
-def choose_kernel(config: Config, loaded: LoadedModel) -> tuple[CDLL | None, str]:
+def choose_kernel(config: Config, dtype: str, device: torch.device) -> tuple[CDLL | None, str]:
     """The native kernel, or None to gather; and the line that says why.
 
     ConfigError when engine.attention asks for a native kernel that cannot be had.
@@ -116,8 +120,8 @@ def choose_kernel(config: Config, loaded: LoadedModel) -> tuple[CDLL | None, str
     wish = config.engine.attention
     if wish == "gather":
         return None, "attention: gather (asked for)"
-    if not native_supports(TORCH_DTYPES[loaded.dtype], loaded.device):
-        reason = f"there is no native kernel for {loaded.dtype} on {loaded.device}"
+    if not native_supports(TORCH_DTYPES[dtype], device):
+        reason = f"there is no native kernel for {dtype} on {device}"
     else:
         loading = load_native(_kernel_cache(config))
         if loading.kernels is not None:

@@ -1,14 +1,19 @@
 """Linear layers whose bfloat16 weights are packed once for the processor's matrix kernels.
 
 A plain nn.Linear has its weights reordered by oneDNN in every call, which for few rows costs more
-than the product. The results are those of the plain layer up to the order of sums; PackedLinear is
-used in ``fast`` numerics on CPUs that multiply bfloat16 natively, the plain layer everywhere else.
+than the product. The results are those of the plain layer up to the order of sums. In ``fast``
+numerics, on CPUs that multiply bfloat16 natively, each plain layer becomes one of our own kernels'
+(tiles.py) where these work, else one of oneDNN's (PackedLinear); everywhere else it stays.
 """
 
 from __future__ import annotations
 
+from ctypes import CDLL
+
 import torch
 from torch import nn
+
+from pdserve.engine.tiles import TiledLinear, can_tile, tiles_work
 
 
 class PackedLinear(nn.Module):
@@ -43,14 +48,19 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     )
 
 
-def pack_linears(model: nn.Module) -> int:
+def pack_linears(model: nn.Module, library: CDLL | None = None) -> int:
     """Replaces every plain bfloat16 nn.Linear in ``model``; how many bytes the packed ones take."""
     packed_bytes = 0
+    tiled = tiles_work(library)
     with torch.no_grad():
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
                 if type(child) is nn.Linear and child.weight.dtype is torch.bfloat16:
-                    packed = PackedLinear(child)
-                    packed_bytes += 2 * packed.in_features * packed.out_features
+                    packed: nn.Module
+                    if library is not None and tiled and can_tile(child):
+                        packed = TiledLinear(child, library)
+                    else:
+                        packed = PackedLinear(child)
+                    packed_bytes += 2 * child.in_features * child.out_features
                     setattr(parent, name, packed)
     return packed_bytes

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from ctypes import CDLL
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,12 @@ def load_model(
     device: torch.device,
     max_model_len: int = 0,
     pack: bool = True,
+    library: CDLL | None = None,
 ) -> LoadedModel:
-    """``max_model_len`` 0 takes the model's own. ModelRefused (with the reason), ConfigError."""
+    """``max_model_len`` 0 takes the model's own. ``library``: the native kernels, for packing.
+
+    ModelRefused (with the reason), ConfigError.
+    """
     config = _read_config(path)
     check_config(config)
     files = weight_files(path)
@@ -74,7 +79,7 @@ def load_model(
     weights_bytes = _bytes_of(model)
     if pack and numerics is Numerics.FAST and can_pack(TORCH_DTYPES[dtype], device):
         # Embeddings tied to the output layer stay beside its packed form.
-        packed_bytes = pack_linears(model)
+        packed_bytes = pack_linears(model, library)
         weights_bytes = _bytes_of(model) + packed_bytes
     return LoadedModel(
         model=model,

@@ -1,7 +1,7 @@
-"""Builds and calls the native attention kernel (paged_attention.cpp).
+"""Builds the native kernels (kernels/) and calls the one of attention over a paged pool.
 
-The source is compiled once for this processor with the system's C++ compiler and kept on disk
-under a name derived from source, flags, compiler and processor; later starts load it from there.
+The sources are compiled once for this processor with the system's C++ compiler and kept on disk
+under a name derived from sources, flags, compiler and processor; later starts load it from there.
 It is loaded through ctypes, which releases the GIL during a call. It shares torch's own OpenMP
 runtime: a second pool of spinning threads would fight the first for the cores.
 
@@ -27,8 +27,9 @@ from pdserve.engine.layout import LayerSpan
 from pdserve.engine.plan import StepPlan
 from pdserve.engine.pool_view import PoolView
 
-SOURCE = Path(__file__).with_name("paged_attention.cpp")
-ABI = 1
+FOLDER = Path(__file__).with_name("kernels")
+SOURCE = FOLDER / "kernels.cpp"
+ABI = 2
 DTYPE_CODES: Mapping[torch.dtype, int] = {
     torch.bfloat16: 0,
     torch.float32: 1,
@@ -48,7 +49,7 @@ FLAGS = (
 COMPILE_TIMEOUT_S = 120
 
 
-class _Layer(ctypes.Structure):
+class Layer(ctypes.Structure):
     _fields_ = (
         ("pool", ctypes.c_void_p),
         ("block_stride", ctypes.c_int64),
@@ -62,7 +63,7 @@ class _Layer(ctypes.Structure):
     )
 
 
-class _Step(ctypes.Structure):
+class Step(ctypes.Structure):
     _fields_ = (
         ("tokens", ctypes.c_int64),
         ("slot_blocks", ctypes.c_void_p),
@@ -115,7 +116,7 @@ class NativeStep:
 
     def __init__(self, plan: StepPlan) -> None:
         self._plan = plan
-        self.struct = _Step(
+        self.struct = Step(
             tokens=plan.size,
             slot_blocks=plan.slot_blocks.ctypes.data,
             slot_offsets=plan.slot_offsets.ctypes.data,
@@ -129,6 +130,21 @@ class NativeStep:
         )
 
 
+def native_layer(pool: PoolView, span: LayerSpan) -> Layer:
+    """Where a layer's KV lies; good for as long as the pool's memory."""
+    return Layer(
+        pool=pool.blocks.data_ptr(),
+        block_stride=pool.layout.span_elements,
+        key_offset=span.key_offset,
+        value_offset=span.value_offset,
+        heads=span.heads,
+        key_size=span.key_size,
+        value_size=span.value_size,
+        block_size=pool.layout.block_size,
+        dtype=DTYPE_CODES[pool.blocks.dtype],
+    )
+
+
 class NativeLayer:
     """The kernel bound to one layer of a pool."""
 
@@ -137,17 +153,7 @@ class NativeLayer:
     def __init__(self, library: ctypes.CDLL, pool: PoolView, span: LayerSpan) -> None:
         self._pool = pool  # keeps the memory alive that the kernel is given
         self._function = library.pdserve_paged_attention
-        self._layer = _Layer(
-            pool=pool.blocks.data_ptr(),
-            block_stride=pool.layout.span_elements,
-            key_offset=span.key_offset,
-            value_offset=span.value_offset,
-            heads=span.heads,
-            key_size=span.key_size,
-            value_size=span.value_size,
-            block_size=pool.layout.block_size,
-            dtype=DTYPE_CODES[pool.blocks.dtype],
-        )
+        self._layer = native_layer(pool, span)
         self._call = _Call()
 
     def __call__(
@@ -191,7 +197,7 @@ def load_native(cache_dir: Path) -> NativeLoad:
     flags = (*FLAGS, "-fopenmp") if openmp else FLAGS
     if compiler is None:
         return NativeLoad(None, "no C++ compiler (g++) was found")
-    target = cache_dir / f"paged_attention-{_cache_key(compiler, flags)}.so"
+    target = cache_dir / f"kernels-{_cache_key(compiler, flags)}.so"
     try:
         _own_folder(cache_dir)
         if not target.exists():
@@ -206,9 +212,10 @@ def load_native(cache_dir: Path) -> NativeLoad:
     except (OSError, subprocess.TimeoutExpired) as error:
         return NativeLoad(None, f"the kernel could not be built or loaded: {error}")
     library.pdserve_paged_attention.restype = None
-    library.pdserve_paged_attention_abi.restype = ctypes.c_int64
-    found = library.pdserve_paged_attention_abi()
-    assert found == ABI, f"paged_attention.cpp has ABI {found}, native.py expects {ABI}"
+    library.pdserve_kernels_abi.restype = ctypes.c_int64
+    library.pdserve_has_tiles.restype = ctypes.c_int64
+    found = library.pdserve_kernels_abi()
+    assert found == ABI, f"{SOURCE.name} has ABI {found}, native.py expects {ABI}"
     return NativeLoad(library, "")
 
 
@@ -236,7 +243,9 @@ def _own_folder(folder: Path) -> None:
 
 
 def _cache_key(compiler: str, flags: tuple[str, ...]) -> str:
-    digest = hashlib.sha256(SOURCE.read_bytes())
+    digest = hashlib.sha256()
+    for source in sorted(FOLDER.iterdir()):
+        digest.update(source.read_bytes())
     version = subprocess.run([compiler, "--version"], capture_output=True, check=False)
     for part in (compiler.encode(), version.stdout, " ".join(flags).encode(), _processor()):
         digest.update(len(part).to_bytes(8, "little"))

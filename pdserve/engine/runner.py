@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from pdserve.engine.attention import PagedAttention
+from pdserve.engine.fused import FusedDecoder, why_not_fused
 from pdserve.engine.model import LoadedModel
 from pdserve.engine.plan import StepPlan, plan_step, wanted_logits
 from pdserve.engine.pool_view import PoolView
@@ -31,6 +32,11 @@ class ModelRunner:
         self._attention = PagedAttention(loaded.modules, pool, library)
         self._sampler = TokenSampler(loaded.vocab_size)
         self._decoder = _decoder_of(loaded.model)
+        reason = why_not_fused(loaded)
+        self._fused: FusedDecoder | None = None
+        if library is not None and not reason:
+            self._fused = FusedDecoder(loaded, pool, library)
+        self.layers_note = f"one by one, because {reason}" if reason else "fused"
 
     def open_sampler(
         self, sampling: Sampling, token_ids: Sequence[int], prompt_len: int
@@ -67,7 +73,7 @@ class ModelRunner:
     @property
     def attended(self) -> int:
         """How many layers attended over the pool in the last step."""
-        return self._attention.calls
+        return len(self._loaded.layers) if self._fused else self._attention.calls
 
     def detach(self) -> None:
         """Unbinds the model, so that another runner can bind it."""
@@ -87,6 +93,8 @@ class ModelRunner:
     def _forward(self, plan: StepPlan, places: torch.Tensor) -> torch.Tensor:
         """Logits [len(places), vocabulary] at those places of the line."""
         loaded = self._loaded
+        if self._fused is not None:
+            return self._fused.forward(plan, places)
         inputs: dict[str, Any] = {
             "input_ids": torch.from_numpy(plan.tokens)[None].to(loaded.device),
             "position_ids": torch.from_numpy(plan.positions)[None].to(loaded.device),

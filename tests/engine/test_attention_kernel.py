@@ -13,7 +13,7 @@ from pdserve.config import Config, EngineConfig
 from pdserve.engine import native
 from pdserve.engine.build import choose_kernel
 from pdserve.errors import ConfigError
-from tests.engine.model_world import family_model
+from tests.engine.model_world import CPU
 
 
 def test_it_is_built_once_and_then_loaded(tmp_path: Path) -> None:
@@ -33,14 +33,14 @@ def test_without_a_compiler_the_reason_is_told(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     config = Config(model_cache=str(tmp_path / "models"))
-    library, note = choose_kernel(config, family_model("llama"))
+    library, note = choose_kernel(config, "float64", CPU)
     assert library is None
     assert note == (
         "attention: gather, slower than the native kernel, because no C++ compiler (g++) was found"
     )
     wanted = Config(model_cache=str(tmp_path), engine=EngineConfig(attention="native"))
     with pytest.raises(ConfigError, match="native, but no C"):
-        choose_kernel(wanted, family_model("llama"))
+        choose_kernel(wanted, "float64", CPU)
 
 
 def test_a_compiler_that_fails_is_told_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +65,7 @@ def test_a_folder_that_others_can_write_to_is_not_trusted(tmp_path: Path) -> Non
 
 def test_gather_is_taken_when_asked_for_and_for_other_dtypes(tmp_path: Path) -> None:
     asked = Config(engine=EngineConfig(attention="gather"))
-    assert choose_kernel(asked, family_model("llama")) == (None, "attention: gather (asked for)")
+    assert choose_kernel(asked, "float64", CPU) == (None, "attention: gather (asked for)")
     assert not native.native_supports(torch.float16, torch.device("cpu"))
     assert not native.native_supports(torch.bfloat16, torch.device("cuda"))
 

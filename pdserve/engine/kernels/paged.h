@@ -1,9 +1,10 @@
 // Attention of single tokens over a paged KV pool, and the write of new KV into it.
 //
-// Plain C interface, loaded by native.py; the structures below mirror the ones declared there.
-// Keys and values are read in place, block by block. Sums are float (double for a double pool) with
-// an online softmax. One (token, KV head) pair is computed by one thread in a fixed order, so its
-// result depends neither on the batch nor on the number of threads.
+// The structures mirror the ones declared in native.py. Keys and values are read in place, block by
+// block. Sums are float (double for a double pool) with an online softmax. One (token, KV head) pair
+// is computed by one thread in a fixed order, so its result depends neither on the batch nor on the
+// number of threads.
+#pragma once
 
 #include <algorithm>
 #include <cmath>
@@ -333,48 +334,4 @@ void write_kv(const Layer& layer, const Step& step, const Call& call) {
   }
 }
 
-template <class T, class A, int64_t FIXED>
-void attend_all(const Layer& layer, const Step& step, const Call& call) {
-  const int64_t pairs = step.items * layer.heads;
-  int64_t keys = 0;
-  for (int64_t i = 0; i < step.items; ++i) keys += step.item_contexts[i];
-  // Waking the other threads costs more than very little work.
-  const int threads = keys * layer.heads < 256 ? 1 : static_cast<int>(step.threads);
-  const int64_t group = call.query_heads / layer.heads;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    Scratch<A> scratch;
-    scratch.fit(group, layer.key_size, layer.value_size);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t pair = 0; pair < pairs; ++pair) {
-      attend<T, A, FIXED>(layer, step, call, pair / layer.heads, pair % layer.heads, scratch);
-    }
-  }
-}
-
-template <class T, class A>
-void run(const Layer& layer, const Step& step, const Call& call) {
-  write_kv<T>(layer, step, call);
-  if (step.items == 0) return;
-  const bool equal = layer.key_size == layer.value_size;
-  if (equal && layer.key_size == 64) return attend_all<T, A, 64>(layer, step, call);
-  if (equal && layer.key_size == 128) return attend_all<T, A, 128>(layer, step, call);
-  attend_all<T, A, 0>(layer, step, call);
-}
-
 }  // namespace
-
-extern "C" {
-
-// Writes the step's keys and values into the pool, then attends its items.
-void pdserve_paged_attention(const Layer* layer, const Step* step, const Call* call) {
-  switch (layer->dtype) {
-    case 0: return run<Bf16, float>(*layer, *step, *call);
-    case 1: return run<float, float>(*layer, *step, *call);
-    case 2: return run<double, double>(*layer, *step, *call);
-  }
-}
-
-// Bumped with every change of the structures above.
-int64_t pdserve_paged_attention_abi() { return 1; }
-}

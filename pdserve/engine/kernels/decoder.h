@@ -1,0 +1,306 @@
+// All layers of a Llama-like decoder over a paged KV pool, in one call for a whole step.
+//
+// Per layer: norm, query/key/value, rotation and the write to the pool, attention, output added to
+// the stream, norm, gate and up, down added to the stream. Each is a stage of the team (team.h). The
+// stream of T tokens stays float; what enters a product is bfloat16.
+#pragma once
+
+#include "flash.h"
+#include "team.h"
+
+#if HAS_TILES
+
+namespace {
+
+struct DecoderLayer {  // mirrored in fused.py, like the two below
+  const float* norm_in;
+  const float* norm_mid;
+  const float* norm_query;  // over each head, or null
+  const float* norm_key;
+  Linear query, key, value, output, gate, up, down;
+  Layer kv;
+};
+
+struct Decoder {
+  const DecoderLayer* layers;
+  int64_t count;
+  int64_t width;   // of the stream
+  int64_t heads;   // query heads
+  double epsilon;
+  double scale;    // of scores
+  const float* norm_out;
+  Linear head;
+};
+
+struct DecoderStep {
+  Step step;
+  int64_t longs;
+  const LongRow* rows;
+  const float* cosines;  // [T, size / 2]
+  const float* sines;
+  float* stream;         // [T, width]: the embeddings, overwritten
+  uint16_t* normed;      // [T, width]
+  uint16_t* mixed;       // [T, (heads + 2 * KV heads) * size]: query, key, value of each token
+  uint16_t* attended;    // [T, heads * size]
+  uint16_t* active;      // [T, inner width]
+  int64_t wanted;
+  const int64_t* places;  // [wanted] of the line
+  float* logits;          // [wanted, vocabulary]
+};
+
+constexpr int64_t BLOCK_ROWS = 112;  // rows whose inputs stay in the second cache
+
+inline void rms_norm(const float* x, const float* weight, double epsilon, int64_t width,
+                     uint16_t* out) {
+  __m512 sum = _mm512_setzero_ps();
+  int64_t i = 0;
+  for (; i + 16 <= width; i += 16) {
+    const __m512 v = _mm512_loadu_ps(x + i);
+    sum = _mm512_fmadd_ps(v, v, sum);
+  }
+  float squares = _mm512_reduce_add_ps(sum);
+  for (; i < width; ++i) squares += x[i] * x[i];
+  const float by = 1.0f / std::sqrt(squares / static_cast<float>(width) + static_cast<float>(epsilon));
+  for (i = 0; i + 16 <= width; i += 16) {
+    narrow(out + i, _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(by)),
+                                  _mm512_loadu_ps(weight + i)));
+  }
+  for (; i < width; ++i) {
+    Bf16 one;
+    store(one, x[i] * by * weight[i]);
+    out[i] = one.bits;
+  }
+}
+
+// How a stage's products are cut into pieces: blocks of rows times runs of panels.
+struct Cut {
+  int64_t rows, panels;       // all
+  int64_t block, run;         // of a piece
+  int64_t blocks, runs;
+  Cut(int64_t rows_, int64_t panels_, int64_t threads) : rows(rows_), panels(panels_) {
+    blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    block = (rows + blocks - 1) / blocks;
+    // Some pieces for each thread, so that none waits long for the others.
+    const int64_t wanted = std::max<int64_t>(1, (4 * threads + blocks - 1) / blocks);
+    run = std::max<int64_t>(1, (panels + wanted - 1) / wanted);
+    runs = (panels + run - 1) / run;
+  }
+  int64_t pieces() const { return blocks * runs; }
+  template <class Each>  // each(panel, begin, end)
+  void walk(int64_t piece, Each each) const {
+    const int64_t begin = piece / runs * block, end = std::min(rows, begin + block);
+    const int64_t first = piece % runs * run;
+    for (int64_t p = first; p < std::min(panels, first + run); ++p) each(p, begin, end);
+  }
+};
+
+class Pass {  // one thread's way through a step
+ public:
+  Pass(const Decoder& decoder, const DecoderStep& step, Team& team)
+      : d_(decoder), s_(step), team_(team), size_(decoder.layers[0].kv.key_size),
+        kv_heads_(decoder.layers[0].kv.heads) {
+    mixed_ = (d_.heads + 2 * kv_heads_) * size_;
+  }
+
+  void run() {
+    for (int64_t i = 0; i < d_.count; ++i) {
+      const DecoderLayer& layer = d_.layers[i];
+      norm(layer.norm_in);
+      mix(layer);
+      rotate(layer);
+      attend_all(layer);
+      add(layer.output, s_.attended);
+      norm(layer.norm_mid);
+      activate(layer);
+      add(layer.down, s_.active);
+    }
+    if (s_.wanted > 0) head();
+  }
+
+ private:
+  int64_t tokens() const { return s_.step.tokens; }
+
+  template <class Work>  // work(token) for every token, in runs of some
+  void each_token(Work work) {
+    const int64_t run = tokens() >= 256 ? 16 : 4;
+    team_.share(stage_, (tokens() + run - 1) / run, [&](int64_t piece) {
+      for (int64_t t = piece * run; t < std::min(tokens(), (piece + 1) * run); ++t) work(t);
+    });
+  }
+
+  void norm(const float* weight) {
+    each_token([&](int64_t t) {
+      rms_norm(s_.stream + t * d_.width, weight, d_.epsilon, d_.width, s_.normed + t * d_.width);
+    });
+  }
+
+  void mix(const DecoderLayer& layer) {
+    const Linear* parts[3] = {&layer.query, &layer.key, &layer.value};
+    const int64_t q = panels(layer.query), k = panels(layer.key), v = panels(layer.value);
+    const Cut cut(tokens(), q + k + v, s_.step.threads);
+    team_.share(stage_, cut.pieces(), [&](int64_t piece) {
+      cut.walk(piece, [&](int64_t p, int64_t begin, int64_t end) {
+        const int which = p < q ? 0 : p < q + k ? 1 : 2;
+        const int64_t own = which == 0 ? p : which == 1 ? p - q : p - q - k;
+        uint16_t* to = s_.mixed + p * PANEL;
+        panel_product(*parts[which], own, panel_of(*parts[which], own + 1), s_.normed, d_.width,
+                      begin, end, [&](int64_t row, const float* sums) {
+                        narrow(to + row * mixed_, _mm512_loadu_ps(sums));
+                        narrow(to + row * mixed_ + 16, _mm512_loadu_ps(sums + 16));
+                      });
+      });
+    });
+  }
+
+  // Rotates one head in place, after its norm if it has one.
+  void turn(uint16_t* head, const float* weight, const float* cosine, const float* sine) {
+    if (weight != nullptr) {
+      alignas(64) float wide[512];
+      for (int64_t i = 0; i < size_; i += 16) _mm512_store_ps(wide + i, widen(head + i));
+      rms_norm(wide, weight, d_.epsilon, size_, head);
+    }
+    const int64_t half = size_ / 2;
+    for (int64_t i = 0; i < half; i += 16) {
+      const __m512 a = widen(head + i), b = widen(head + half + i);
+      const __m512 c = _mm512_loadu_ps(cosine + i), s = _mm512_loadu_ps(sine + i);
+      narrow(head + i, _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)));
+      narrow(head + half + i, _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s)));
+    }
+  }
+
+  void rotate(const DecoderLayer& layer) {
+    const Layer& kv = layer.kv;
+    const int64_t half = size_ / 2, part = kv_heads_ * size_;
+    each_token([&](int64_t t) {
+      uint16_t* query = s_.mixed + t * mixed_;
+      uint16_t* key = query + d_.heads * size_;
+      const float *cosine = s_.cosines + t * half, *sine = s_.sines + t * half;
+      for (int64_t h = 0; h < d_.heads; ++h) {
+        turn(query + h * size_, layer.norm_query, cosine, sine);
+      }
+      for (int64_t h = 0; h < kv_heads_; ++h) turn(key + h * size_, layer.norm_key, cosine, sine);
+      uint16_t* block =
+          static_cast<uint16_t*>(kv.pool) + s_.step.slot_blocks[t] * kv.block_stride;
+      const int64_t place = s_.step.slot_offsets[t] * part;
+      std::memcpy(block + kv.key_offset + place, key, part * 2);
+      std::memcpy(block + kv.value_offset + place, key + part, part * 2);
+    });
+  }
+
+  void attend_all(const DecoderLayer& layer) {
+    const int64_t group = d_.heads / kv_heads_, each = span_tokens(group);
+    int64_t spans = 0;
+    for (int64_t i = 0; i < s_.longs; ++i) spans += spans_of(s_.rows[i], each) * kv_heads_;
+    team_.share(stage_, spans + s_.step.items * kv_heads_, [&](int64_t piece) {
+      if (piece >= spans) {
+        short_piece(layer, piece - spans, group);
+      } else {
+        long_piece(layer, piece, group, each);
+      }
+    });
+  }
+
+  static int64_t spans_of(const LongRow& row, int64_t each) {
+    return (row.end - row.begin + each - 1) / each;
+  }
+
+  void long_piece(const DecoderLayer& layer, int64_t piece, int64_t group, int64_t each) {
+    int64_t i = 0;
+    for (; piece >= spans_of(s_.rows[i], each) * kv_heads_; ++i) {
+      piece -= spans_of(s_.rows[i], each) * kv_heads_;
+    }
+    const LongRow& row = s_.rows[i];
+    // The last queries see the most keys: theirs are the pieces to start with.
+    const int64_t last = spans_of(row, each) - 1 - piece / kv_heads_;
+    const Span span = {s_.mixed, s_.attended, mixed_, d_.heads * size_, group,
+                       static_cast<float>(d_.scale)};
+    attend_span(layer.kv, row, span, piece % kv_heads_, last * each,
+                std::min(row.end - row.begin, (last + 1) * each), flash_);
+  }
+
+  void short_piece(const DecoderLayer& layer, int64_t piece, int64_t group) {
+    Call call = {};
+    call.query = s_.mixed;
+    call.query_head = size_;
+    call.query_token = mixed_;
+    call.out = s_.attended;
+    call.query_heads = d_.heads;
+    call.scale = d_.scale;
+    const int64_t item = piece / kv_heads_, head = piece % kv_heads_;
+    single_.fit(group, size_, size_);
+    if (size_ == 64) return attend<Bf16, float, 64>(layer.kv, s_.step, call, item, head, single_);
+    if (size_ == 128) return attend<Bf16, float, 128>(layer.kv, s_.step, call, item, head, single_);
+    attend<Bf16, float, 0>(layer.kv, s_.step, call, item, head, single_);
+  }
+
+  // stream += linear(a)
+  void add(const Linear& linear, const uint16_t* a) {
+    const Cut cut(tokens(), panels(linear), s_.step.threads);
+    team_.share(stage_, cut.pieces(), [&](int64_t piece) {
+      cut.walk(piece, [&](int64_t p, int64_t begin, int64_t end) {
+        panel_product(linear, p, panel_of(linear, p + 1), a, linear.k, begin, end,
+                      [&](int64_t row, const float* sums) {
+                        float* to = s_.stream + row * d_.width + p * PANEL;
+                        for (int64_t c = 0; c < PANEL; ++c) to[c] += sums[c];
+                      });
+      });
+    });
+  }
+
+  // active = silu(gate) * up
+  void activate(const DecoderLayer& layer) {
+    const int64_t inner = layer.gate.n;
+    const Cut cut(tokens(), panels(layer.gate), s_.step.threads);
+    team_.share(stage_, cut.pieces(), [&](int64_t piece) {
+      alignas(64) float gates[BLOCK_ROWS * PANEL];
+      cut.walk(piece, [&](int64_t p, int64_t begin, int64_t end) {
+        panel_product(layer.gate, p, panel_of(layer.up, p), s_.normed, d_.width, begin, end,
+                      [&](int64_t row, const float* sums) {
+                        std::memcpy(gates + (row - begin) * PANEL, sums, PANEL * sizeof(float));
+                      });
+        panel_product(layer.up, p, panel_of(layer.gate, p + 1), s_.normed, d_.width, begin, end,
+                      [&](int64_t row, const float* sums) {
+                        uint16_t* to = s_.active + row * inner + p * PANEL;
+                        const float* gate = gates + (row - begin) * PANEL;
+                        for (int64_t c = 0; c < PANEL; c += 16) {
+                          const __m512 g = _mm512_loadu_ps(gate + c);
+                          const __m512 one = _mm512_set1_ps(1.0f);
+                          const __m512 below = _mm512_add_ps(
+                              one, exp_of(_mm512_sub_ps(_mm512_setzero_ps(), g)));
+                          narrow(to + c, _mm512_mul_ps(_mm512_div_ps(g, below),
+                                                       _mm512_loadu_ps(sums + c)));
+                        }
+                      });
+      });
+    });
+  }
+
+  void head() {
+    team_.share(stage_, s_.wanted, [&](int64_t i) {
+      rms_norm(s_.stream + s_.places[i] * d_.width, d_.norm_out, d_.epsilon, d_.width,
+               s_.normed + i * d_.width);
+    });
+    const Cut cut(s_.wanted, panels(d_.head), 4 * s_.step.threads);
+    team_.share(stage_, cut.pieces(), [&](int64_t piece) {
+      cut.walk(piece, [&](int64_t p, int64_t begin, int64_t end) {
+        const int64_t count = std::min(PANEL, d_.head.n - p * PANEL);
+        panel_product(d_.head, p, panel_of(d_.head, p + 1), s_.normed, d_.width, begin, end,
+                      [&](int64_t row, const float* sums) {
+                        std::memcpy(s_.logits + row * d_.head.n + p * PANEL, sums,
+                                    count * sizeof(float));
+                      });
+      });
+    });
+  }
+
+  const Decoder& d_;
+  const DecoderStep& s_;
+  Team& team_;
+  int64_t size_, kv_heads_, mixed_ = 0, stage_ = 0;
+  FlashScratch flash_;
+  Scratch<float> single_;
+};
+
+}  // namespace
+
+#endif  // HAS_TILES

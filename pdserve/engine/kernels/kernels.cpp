@@ -1,0 +1,86 @@
+// The plain C interface of the native kernels; native.py builds and loads it.
+
+#include "decoder.h"
+#include "paged.h"
+#include "tiles.h"
+
+namespace {
+
+template <class T, class A, int64_t FIXED>
+void attend_all(const Layer& layer, const Step& step, const Call& call) {
+  const int64_t pairs = step.items * layer.heads;
+  int64_t keys = 0;
+  for (int64_t i = 0; i < step.items; ++i) keys += step.item_contexts[i];
+  // Waking the other threads costs more than very little work.
+  const int threads = keys * layer.heads < 256 ? 1 : static_cast<int>(step.threads);
+  const int64_t group = call.query_heads / layer.heads;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    Scratch<A> scratch;
+    scratch.fit(group, layer.key_size, layer.value_size);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+      attend<T, A, FIXED>(layer, step, call, pair / layer.heads, pair % layer.heads, scratch);
+    }
+  }
+}
+
+template <class T, class A>
+void run(const Layer& layer, const Step& step, const Call& call) {
+  write_kv<T>(layer, step, call);
+  if (step.items == 0) return;
+  const bool equal = layer.key_size == layer.value_size;
+  if (equal && layer.key_size == 64) return attend_all<T, A, 64>(layer, step, call);
+  if (equal && layer.key_size == 128) return attend_all<T, A, 128>(layer, step, call);
+  attend_all<T, A, 0>(layer, step, call);
+}
+
+}  // namespace
+
+extern "C" {
+
+// Writes the step's keys and values into the pool, then attends its items.
+void pdserve_paged_attention(const Layer* layer, const Step* step, const Call* call) {
+  switch (layer->dtype) {
+    case 0: return run<Bf16, float>(*layer, *step, *call);
+    case 1: return run<float, float>(*layer, *step, *call);
+    case 2: return run<double, double>(*layer, *step, *call);
+  }
+}
+
+// Bumped with every change of the structures that Python mirrors.
+int64_t pdserve_kernels_abi() { return 2; }
+
+// Whether the two functions below are there.
+int64_t pdserve_has_tiles() { return HAS_TILES; }
+
+#if HAS_TILES
+
+// out[rows, n] = x[rows, k] . linear, all bfloat16.
+void pdserve_linear(const Linear* linear, const uint16_t* x, uint16_t* out, int64_t rows,
+                    int64_t threads) {
+  const int64_t k = linear->k, n = linear->n;
+  const Cut cut(rows, panels(*linear), threads);
+  with_team(threads, [&](Team& team) {
+    int64_t stage = 0;
+    team.share(stage, cut.pieces(), [&](int64_t piece) {
+      cut.walk(piece, [&](int64_t p, int64_t begin, int64_t end) {
+        const int64_t count = std::min(PANEL, n - p * PANEL);
+        panel_product(*linear, p, panel_of(*linear, p + 1), x, k, begin, end,
+                      [&](int64_t row, const float* sums) {
+                        uint16_t own[PANEL];
+                        narrow(own, _mm512_loadu_ps(sums));
+                        narrow(own + 16, _mm512_loadu_ps(sums + 16));
+                        std::memcpy(out + row * n + p * PANEL, own, count * 2);
+                      });
+      });
+    });
+  });
+}
+
+void pdserve_decoder_step(const Decoder* decoder, const DecoderStep* step) {
+  with_team(step->step.threads, [&](Team& team) { Pass(*decoder, *step, team).run(); });
+}
+
+#endif
+}
