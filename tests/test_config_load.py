@@ -133,7 +133,10 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         (["router.http_port=9", "router.grpc_port=9"], "take two ports"),
         (["timers.dead_after_s=0.5"], "must exceed"),
         (["router.strict=true", "pools.prefill=0"], "prefill"),
-        (["pools.prefill=3", "pools.prefill_max=2"], "pools.prefill = 3 exceeds pools.prefill_max = 2"),
+        (
+            ["pools.prefill=3", "pools.prefill_max=2"],
+            "pools.prefill = 3 exceeds pools.prefill_max = 2",
+        ),
         (["admin.host=0.0.0.0"], "admin.host = '0.0.0.0' .* mutual TLS .* 127.0.0.1"),
         (["admin.port=8000"], "admin.port = 8000 .* take another"),
     ],

@@ -143,6 +143,7 @@ class ScriptedWorker(worker_pb2_grpc.WorkerServicer, worker_pb2_grpc.DecodeServi
     starts: list[worker_pb2.StartAttempt] = field(default_factory=list)
     cancelled: list[bytes] = field(default_factory=list)
     keep_alives: int = 0
+    peers_gone: list[bytes] = field(default_factory=list)
     running: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def start(self) -> WorkerFacts:
@@ -192,6 +193,8 @@ class ScriptedWorker(worker_pb2_grpc.WorkerServicer, worker_pb2_grpc.DecodeServi
                 self.cancelled.append(message.cancel.attempt_id)
                 if message.cancel.attempt_id in tasks:
                     tasks[message.cancel.attempt_id].cancel()
+            elif kind == "peer_gone":
+                self.peers_gone.append(message.peer_gone.incarnation)
             else:
                 self.keep_alives += 1
 

@@ -76,6 +76,28 @@ def test_prefill_workers_are_watched_without_a_session() -> None:
     drive(story)
 
 
+def test_decode_workers_are_told_of_a_peer_that_is_gone_and_of_no_other() -> None:
+    """Gone is what its owner says, or a new incarnation in its place; silence alone is not."""
+
+    async def story() -> None:
+        decodes = [ScriptedWorker("d0"), ScriptedWorker("d1")]
+        leaves, silent = ScriptedWorker("p0", Role.PREFILL), ScriptedWorker("p1", Role.PREFILL)
+        async with cluster(*decodes, leaves, silent) as made:
+            silent.beating = False
+            await until(lambda: made.registry.state(silent.facts) is WorkerState.SUSPECT)
+            assert all(decode.peers_gone == [] for decode in decodes)
+            made.registry.set_workers([worker.facts for worker in (*decodes, silent)])
+            await until(lambda: all(decode.peers_gone for decode in decodes))
+            assert all(decode.peers_gone == [leaves.facts.incarnation] for decode in decodes)
+            reborn = ScriptedWorker("p1", Role.PREFILL)
+            async with serving(reborn):
+                await made.join(*decodes, reborn)
+                await until(lambda: all(len(decode.peers_gone) == 2 for decode in decodes))
+            assert all(d.peers_gone[1] == silent.facts.incarnation for d in decodes)
+
+    drive(story)
+
+
 def test_closing_leaves_no_task() -> None:
     async def story() -> None:
         worker = ScriptedWorker("d0")

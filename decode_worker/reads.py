@@ -1,0 +1,77 @@
+"""A decode worker's reads of blocks: on threads, since opening connects and reading copies.
+
+    open -> read ... -> peer_lost or sweep -> close
+
+Giving a peer up has a thread of its own: it must not stand in line behind reads that wait for that
+very peer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from kv_transfer.base import BlockOffer, BlockReader, Endpoint, ReadReport
+from kv_transfer.readers import ReaderPool
+from pdserve.types import Incarnation
+
+_log = logging.getLogger(__name__)
+
+# Reads of one peer take turns, each on its thread: so many that a peer which moves nothing leaves
+# threads to the others.
+READ_THREADS = 32
+LOST_PEERS_EVERY_S = 2.0
+
+
+class PeerReads:
+    """Owns the threads and the pool of readers. Coroutines belong to one event loop."""
+
+    def __init__(self, readers: ReaderPool) -> None:
+        self._readers = readers
+        self._reading = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="kv-read")
+        self._closing = ThreadPoolExecutor(1, thread_name_prefix="kv-close")
+
+    async def open(self, endpoint: Endpoint) -> BlockReader:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._reading, self._readers.reader_for, endpoint)
+
+    async def read(
+        self,
+        reader: BlockReader,
+        offers: tuple[BlockOffer, ...],
+        into: tuple[int, ...],
+        deadline: float,
+    ) -> ReadReport:
+        """``deadline`` is the request's; the time that the read itself may take begins later."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._reading, reader.read, offers, into, deadline)
+
+    def peer_lost(self, incarnation: Incarnation, gone: bool) -> None:
+        """``gone``: it is over, whatever it may still send. Else its process may have ended."""
+        done: Future[object] = (
+            self._closing.submit(self._readers.revoke, incarnation)
+            if gone
+            else self._closing.submit(self._readers.close_lost)
+        )
+        done.add_done_callback(_report)
+
+    async def sweep(self) -> None:
+        """The router tells of lost peers, but may be gone itself: their memory must not stay."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(LOST_PEERS_EVERY_S)
+            await loop.run_in_executor(self._closing, self._readers.close_lost)
+
+    def end_reads(self) -> None:
+        """Returns when no read is under way; none may be begun any more."""
+        self._reading.shutdown(wait=True)
+
+    def close(self) -> None:
+        self._closing.shutdown(wait=True)
+        self._readers.close()
+
+
+def _report(done: Future[object]) -> None:
+    if not done.cancelled() and (error := done.exception()) is not None:
+        _log.error("giving up what was open to a peer failed", exc_info=error)
