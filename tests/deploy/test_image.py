@@ -101,7 +101,7 @@ def test_nothing_is_fetched_by_the_way() -> None:
 def test_every_dependency_is_pinned_to_a_version_that_we_allow() -> None:
     pinned = pins(CONSTRAINTS)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    for text in project["dependencies"]:
+    for text in [*project["dependencies"], *project["optional-dependencies"]["otel"]]:
         wanted = Requirement(text)
         assert wanted.name in pinned, f"{wanted.name} is missing in {CONSTRAINTS.name}"
         assert wanted.specifier.contains(pinned[wanted.name]), text
