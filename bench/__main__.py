@@ -20,6 +20,11 @@ from bench.record import RESULTS, Record
 MEASUREMENTS = {
     "handoff": "KV blocks over shared memory and TCP, beside memcpy and a bare socket",
     "redis_values": "the Redis tier beside pipelined redis-py",
+    "added": "what the way through the cluster adds to the bare engine",
+    "router_alone": "the router over workers that answer at once, beside sglang-router",
+    "cached_prefix": "first token with a cached prefix, from each tier, beside recomputing it",
+    "mixed_load": "long prompts among running streams: two roles beside one mixed worker",
+    "growth": "how steps, the router, the prefix index and hand-offs grow",
 }
 
 
