@@ -75,6 +75,12 @@ class RedisLink:
                 return "redis refuses writes"
             return ""
 
+    def writes_in_doubt(self) -> bool:
+        """Whether the last write was refused, or none has worked since the breaker opened."""
+        with self._lock:
+            writes = self._breakers[Direction.WRITE].state
+            return self._writes_refused or writes is not BreakerState.CLOSED
+
     def would_refuse(self, direction: Direction) -> bool:
         """Whether an exchange right now would be refused without being tried."""
         with self._lock:

@@ -177,6 +177,16 @@ class RedisTier:
         """Raises TierError unless the server answers."""
         self._link.exchange(Direction.READ, [command(b"PING")], 1, self._timeout(0))
 
+    def try_write(self) -> None:
+        """Raises TierError unless the server takes writes. Leaves nothing there."""
+        # To be set only if it exists, which no such name does; refused as any other SET would be.
+        request = command(b"SET", self._prefix + b"try-write", b"", b"XX")
+        self._link.exchange(Direction.WRITE, [request], 1, self._timeout(0))
+
+    def writes_in_doubt(self) -> bool:
+        """Whether only another write can tell if the server takes writes."""
+        return self._link.writes_in_doubt()
+
     def revoke(self, incarnation: Incarnation) -> None:
         """From now on a value that ``incarnation`` wrote is deleted and reads as a miss."""
         with self._lock:

@@ -272,10 +272,12 @@ class WritePath:
             self._counts = replace(self._counts, undeleted_keys=len(self._undeleted))
 
     def _tend(self) -> None:
-        """With nothing to send: sees whether Redis lives, and repeats what failed."""
+        """With nothing to send: sees whether Redis lives and takes writes; repeats what failed."""
         assert self._redis is not None
         try:
             self._redis.ping()
+            if self._redis.writes_in_doubt():
+                self._redis.try_write()
         except TierError:
             return  # counted; degraded() tells
         if self._undeleted:

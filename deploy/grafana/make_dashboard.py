@@ -155,6 +155,12 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 "KV blocks of all workers: used, cached, in all.",
             ),
             Panel(
+                "Degraded",
+                "short",
+                ((gauge("engine_degraded", "engine"), "{{engine}}"),),
+                "Workers of which a part, such as a cache tier, does not work; see /workers.",
+            ),
+            Panel(
                 "Preempted and resumed",
                 "reqps",
                 (

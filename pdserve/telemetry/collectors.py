@@ -59,6 +59,11 @@ class WorkerCollector(Collector):
             "KV blocks in use; 1 means all.",
             {worker.facts.id: _usage(worker.load) for worker in live},
         )
+        yield self._gauge(
+            "engine_degraded",
+            "1 while a part of a worker, such as a cache tier, does not work; /workers says which.",
+            {worker.facts.id: float(bool(worker.load.degraded)) for worker in live},
+        )
         yield self._blocks(live)
 
     def _gauge(self, name: str, text: str, values: Mapping[str, float]) -> Metric:

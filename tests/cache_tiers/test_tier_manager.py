@@ -110,6 +110,43 @@ def test_a_dead_redis_is_a_miss_and_says_so_and_comes_back(
     assert world.manager.stats().failures == 0
 
 
+@pytest.mark.parametrize(
+    ("refuse", "allow"),
+    [
+        (("CONFIG", "SET", "maxmemory", "1"), ("CONFIG", "SET", "maxmemory", "0")),
+        (("REPLICAOF", "127.0.0.1", "1"), ("REPLICAOF", "NO", "ONE")),
+    ],
+    ids=["full", "read-only"],
+)
+def test_a_worker_with_nothing_to_write_hears_that_writes_are_taken_again(
+    real_redis: RealRedis,
+    worlds: list[World],
+    monkeypatch: pytest.MonkeyPatch,
+    refuse: tuple[str, ...],
+    allow: tuple[str, ...],
+) -> None:
+    monkeypatch.setattr(write_path, "IDLE_S", 0.05)
+    world = open_world(worlds, real_redis.url, breaker_open_s=0.2)
+    client = real_redis.client()
+    client.config_set("maxmemory-policy", "noeviction")
+    world.write(new_keys(1))
+    assert world.manager.degraded() == ""
+    client.execute_command(*refuse)
+    world.write(new_keys(1))
+    quiet = time.monotonic() + 0.6
+    while time.monotonic() < quiet:
+        assert world.manager.degraded() == "redis refuses writes"
+        time.sleep(0.02)
+    client.execute_command(*allow)
+    limit = time.monotonic() + 5
+    while world.manager.degraded():
+        assert time.monotonic() < limit, "nothing was written, so nobody found out"
+        time.sleep(0.02)
+    stats = world.manager.stats().redis
+    assert stats is not None
+    assert stats.stored == 1, "it was tried with a value"
+
+
 def test_a_stopped_redis_holds_no_block_and_no_read_for_long(
     real_redis: RealRedis, worlds: list[World]
 ) -> None:

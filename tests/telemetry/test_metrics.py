@@ -154,7 +154,10 @@ def test_workers_are_read_at_each_scrape(made: metrics.RouterMetrics) -> None:
     assert found["num_requests_waiting", "decode-0"] == 2
     assert found["kv_cache_usage_perc", "decode-0"] == 0.25
     assert found["kv_blocks", "decode-0", "cached"] == 5
+    assert found["engine_degraded", "decode-0"] == 0
     assert ("num_requests_running", "prefill-0") not in found
+    views[0] = View(views[0].facts, WorkerState.READY, Load(degraded="redis unreachable"))
+    assert scrape(made)["engine_degraded", "decode-0"] == 1
     views.clear()
     assert scrape(made)["workers", "decode", "ready"] == 0
 
