@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bench.live import Live, in_background, prompt_ids, running_cluster, stream
+from bench.live import Live, in_background, one_ray, prompt_ids, running_cluster, stream
 from bench.record import Record
 from pdserve.bench.stats import percentile
 from pdserve.client.aio import AsyncClient
@@ -46,8 +46,9 @@ class Case:
 def run() -> Record:
     record = Record("mixed_load")
     with contextlib.ExitStack() as stack:
-        split = stack.enter_context(running_cluster(_POOL, prefill=1, decode=1))
-        mixed = stack.enter_context(running_cluster(_POOL, prefill=0, decode=0, mixed=1))
+        ray = stack.enter_context(one_ray())
+        split = stack.enter_context(running_cluster(_POOL, ray=ray, prefill=1, decode=1))
+        mixed = stack.enter_context(running_cluster(_POOL, ray=ray, prefill=0, decode=0, mixed=1))
         asyncio.run(_measure(record, (Case("1+1", split), Case("mixed", mixed))))
     return record
 
