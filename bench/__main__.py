@@ -18,6 +18,7 @@ from bench.record import RESULTS, Record
 
 # Each has a module here with ``run() -> Record``; in the order in which they run.
 MEASUREMENTS = {
+    "engines": "the bare engines: ours, vLLM, transformers, llama.cpp",
     "handoff": "KV blocks over shared memory and TCP, beside memcpy and a bare socket",
     "redis_values": "the Redis tier beside pipelined redis-py",
     "added": "what the way through the cluster adds to the bare engine",
