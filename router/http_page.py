@@ -19,7 +19,9 @@ INDEX = "index.html"
 NAMES = (
     INDEX,
     "style.css",
-    "parts.css",
+    "cluster.css",
+    "details.css",
+    "chat.css",
     "icon.svg",
     "main.js",
     "api.js",

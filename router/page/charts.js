@@ -1,23 +1,27 @@
 // The last minutes as lines and stacked areas, drawn anew with each sample.
 
 import { element, setText, svg } from "./dom.js";
-import { count, rate, seconds } from "./format.js";
+import { count, rate, seconds, shortSeconds } from "./format.js";
 
 const HEIGHT = 132;
 const EDGE = { top: 8, right: 2, bottom: 18, left: 46 };
 // Prompts are counted when their request ends, so single seconds would be needles.
 const SMOOTH = 8;
+// A router that was just started has less than the last minutes to show.
+const SHORTEST_S = 60;
 
 const CHARTS = [
   {
     title: "Tokens written a second",
     unit: rate,
+    tick: count,
     least: 10,
     series: [{ name: "written", tone: "decode", fill: true, value: (s) => s.generated, mean: 3 }],
   },
   {
     title: "Prompt tokens a second, by where they came from",
     unit: rate,
+    tick: count,
     least: 10,
     stacked: true,
     series: [
@@ -30,6 +34,7 @@ const CHARTS = [
   {
     title: "Time to first token",
     unit: seconds,
+    tick: shortSeconds,
     least: 0.05,
     series: [
       { name: "half within", tone: "prefill", value: (s) => s.first_token.p50 },
@@ -39,6 +44,7 @@ const CHARTS = [
   {
     title: "Between tokens",
     unit: seconds,
+    tick: shortSeconds,
     least: 0.02,
     series: [
       { name: "half within", tone: "decode", value: (s) => s.inter_token.p50 },
@@ -58,10 +64,10 @@ function smoothed(samples, series) {
   });
 }
 
-// 1, 2 or 5 times a power of ten, at least `value`.
+// A round number, so is its half; at least `value`.
 function niceTop(value) {
   const power = 10 ** Math.floor(Math.log10(value));
-  return power * [1, 2, 5, 10].find((step) => step * power >= value * 0.999);
+  return power * [1, 2, 3, 4, 6, 8, 10].find((step) => step * power >= value * 0.999);
 }
 
 // Pieces of a line: where nothing was measured, nothing is drawn.
@@ -109,14 +115,15 @@ class Chart {
     this.last = [samples, now];
     const width = Math.max(120, this.plot.clientWidth);
     const end = samples.at(-1)?.at ?? 0;
+    const span = Math.min(now.history_s, Math.max(SHORTEST_S, end - (samples[0]?.at ?? end)));
     const inner = { width: width - EDGE.left - EDGE.right, height: HEIGHT - EDGE.top - EDGE.bottom };
-    const x = (at) => EDGE.left + inner.width * (1 - (end - at) / now.history_s);
+    const x = (at) => EDGE.left + inner.width * (1 - (end - at) / span);
     const tables = this.chart.series.map((series) => smoothed(samples, series));
     const tops = this.chart.stacked ? stack(tables) : tables;
     const most = Math.max(this.chart.least, ...tops.flat().filter((value) => value !== null));
     const top = niceTop(most);
     const y = (value) => EDGE.top + inner.height * (1 - value / top);
-    const drawn = [this.grid(width, y, top, now), this.curves(samples, tops, x, y)];
+    const drawn = [this.grid(width, y, top, span), this.curves(samples, tables, tops, x, y)];
     const chosen = this.chosen(samples, x);
     if (this.pointer !== null && samples.length) {
       const at = x(samples[chosen].at);
@@ -136,38 +143,41 @@ class Chart {
     return best;
   }
 
-  grid(width, y, top, now) {
+  grid(width, y, top, span) {
     const lines = [0, 0.5, 1].map((share) => [
       svg("line", { class: "grid", x1: EDGE.left, x2: width - EDGE.right, y1: y(share * top), y2: y(share * top) }),
       svg("text", { class: "tick", x: EDGE.left - 6, y: y(share * top) + 4, "text-anchor": "end" },
-        share ? this.chart.unit(share * top) : "0"),
+        share ? this.chart.tick(share * top) : "0"),
     ]);
-    const minutes = Math.round(now.history_s / 60);
+    const past = span < 100 ? `${Math.round(span)} s` : `${Number((span / 60).toFixed(1))} min`;
     const base = HEIGHT - 3;
     return [
       ...lines.flat(),
-      svg("text", { class: "tick", x: EDGE.left, y: base }, `−${minutes} min`),
+      svg("text", { class: "tick", x: EDGE.left, y: base }, `−${past}`),
       svg("text", { class: "tick", x: width - EDGE.right, y: base, "text-anchor": "end" }, "now"),
     ];
   }
 
-  curves(samples, tops, x, y) {
-    const floor = y(0);
-    return this.chart.series
-      .map((series, at) => {
-        const points = tops[at].map((value, i) => (value === null ? null : [x(samples[i].at), y(value)]));
-        return runs(points).map((run) => {
-          const area = `${path(run)}L${run.at(-1)[0]} ${floor}L${run[0][0]} ${floor}Z`;
-          const filled = this.chart.stacked || series.fill;
-          return [
-            filled ? svg("path", { class: `area ${series.tone}`, d: area }) : null,
-            svg("path", { class: `line ${series.tone}`, d: path(run) }),
-          ];
-        });
-      })
-      .reverse()
-      .flat(2)
-      .filter((node) => node !== null);
+  // A stacked series lies between the sum of those before it and its own; one of nothing is left out.
+  curves(samples, tables, tops, x, y) {
+    const place = (values) => values.map((value, at) => (value === null ? null : [x(samples[at].at), y(value)]));
+    const drawn = this.chart.series.map((series, at) => {
+      if (this.chart.stacked && !tables[at].some((value) => value > 0)) return [];
+      if (this.chart.stacked && samples.length) {
+        const upper = place(tops[at]);
+        const lower = place(at ? tops[at - 1] : tops[0].map(() => 0));
+        const band = `${path(upper)}${path(lower.reverse()).replace("M", "L")}Z`;
+        return [svg("path", { class: `area band ${series.tone}`, d: band })];
+      }
+      return runs(place(tops[at])).map((run) => {
+        const area = `${path(run)}L${run.at(-1)[0]} ${y(0)}L${run[0][0]} ${y(0)}Z`;
+        return [
+          series.fill ? svg("path", { class: `area ${series.tone}`, d: area }) : null,
+          svg("path", { class: `line ${series.tone}`, d: path(run) }),
+        ];
+      });
+    });
+    return drawn.flat(2).filter((node) => node !== null);
   }
 
   tell(tables, chosen, samples, end) {

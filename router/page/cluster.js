@@ -24,7 +24,7 @@ function tiles(now) {
   const total = (key) => now.pools.reduce((sum, pool) => sum + pool[key], 0);
   const cached = head.device + head.host + head.redis;
   return [
-    ["In flight", count(head.in_flight), `${count(total("waiting"))} waiting on workers`],
+    ["In flight", count(head.in_flight), `${count(total("waiting"))} waiting`],
     ["Writing", `${rate(head.generated)}`, "tokens a second", "decode"],
     ["Time to first token", seconds(head.first_token.p50), `95 %: ${seconds(head.first_token.p95)}`, "prefill"],
     ["Between tokens", seconds(head.inter_token.p50), `95 %: ${seconds(head.inter_token.p95)}`, "decode"],

@@ -7,7 +7,7 @@
 
 import { bar, showBar } from "./cluster.js";
 import { byId, element, keyed, setText, svg } from "./dom.js";
-import { count, percent, plural, shortId } from "./format.js";
+import { bytes, count, percent, plural, shortId } from "./format.js";
 
 const MOST_SHOWN = 12;
 const MOST_LINKS = 36;
@@ -16,7 +16,8 @@ const CROSSING_MS = 1100;
 const STATES = { starting: "starting", ready: "ready", draining: "draining", suspect: "suspect", dead: "dead" };
 
 const stage = byId("stage");
-const lane = stage.querySelector(".lane");
+const laneRate = stage.querySelector(".lane-rate");
+let crossing = 0; // runners on their way
 const still = matchMedia("(prefers-reduced-motion: reduce)");
 
 function poolOf(worker) {
@@ -129,10 +130,11 @@ function showLinks(prefill, decode, busy) {
 function cross(request) {
   const from = cardOf(request.prefill_worker);
   const to = cardOf(request.decode_worker);
-  if (!from || !to || still.matches || lane.childElementCount >= MOST_CROSSINGS) return;
+  if (!from || !to || still.matches || crossing >= MOST_CROSSINGS) return;
   const runner = element("i", { class: "runner" });
   runner.style.offsetPath = `path("${route(from, to)}")`;
-  lane.append(runner);
+  stage.append(runner);
+  crossing += 1;
   const move = runner.animate(
     [
       { offsetDistance: "0%", opacity: 0 },
@@ -142,7 +144,10 @@ function cross(request) {
     ],
     { duration: CROSSING_MS, easing: "ease-in-out", delay: Math.random() * 350, fill: "both" },
   );
-  const gone = () => runner.remove();
+  const gone = () => {
+    crossing -= 1;
+    runner.remove();
+  };
   move.finished.then(gone, gone);
 }
 
@@ -160,7 +165,8 @@ export function startFlow(open) {
   }
 
   return {
-    show(workers, requests) {
+    show({ workers, headline }, requests) {
+      setText(laneRate, headline.kv_bytes ? `KV ${bytes(headline.kv_bytes)}/s` : "KV");
       const byWorker = Map.groupBy(requests.filter(where), where);
       const prefill = workers.filter((worker) => poolOf(worker) === "prefill");
       const decode = workers.filter((worker) => poolOf(worker) === "decode");

@@ -17,10 +17,16 @@ export function rate(value) {
 
 export function seconds(value) {
   if (value === null || value === undefined) return NONE;
+  if (value === 0) return "0 s";
   if (value < 0.001) return `${Math.round(value * 1e6)} µs`;
   if (value < 0.0995) return `${(value * 1e3).toFixed(1)} ms`;
   if (value < 0.9995) return `${Math.round(value * 1e3)} ms`;
   return value < 100 ? `${value.toFixed(2)} s` : `${Math.round(value)} s`;
+}
+
+// For axes, whose values are round.
+export function shortSeconds(value) {
+  return value < 1 ? `${Number((value * 1e3).toPrecision(3))} ms` : `${Number(value.toPrecision(3))} s`;
 }
 
 export function bytes(value) {

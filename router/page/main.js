@@ -42,7 +42,7 @@ async function poll() {
   remember(live);
   showCluster(live.now);
   charts.show(history.samples, live.now);
-  flow.show(live.now.workers, listed.requests);
+  flow.show(live.now, listed.requests);
   requests.show(listed.requests);
 }
 

@@ -79,7 +79,7 @@ function draw(request) {
   const total = Math.max(1e-3, request.duration_ms, ...request.spans.map((s) => s.start_ms + s.duration_ms));
   const ticks = [0, 0.25, 0.5, 0.75, 1].map((share) => element("span", {}, seconds((share * total) / 1000)));
   return [
-    element("dl", { class: "facts" }, rows.map(([name, text]) => element("div", {}, element("dt", {}, name), element("dd", {}, text)))),
+    element("dl", { class: "facts" }, rows.map(([name, text]) => element("div", {}, element("dt", {}, name), element("dd", { class: text.length > 30 ? "long" : null }, text)))),
     element("div", { class: "axis", "aria-hidden": "true" }, ticks),
     element("ol", { class: "spans" }, request.spans.map((span) => spanRow(span, total))),
   ];
