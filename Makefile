@@ -74,7 +74,7 @@ docs: $(STAMP)
 
 # Installs what it lacks as root, and ends with a line for each thing that it had to skip.
 deploy-check: $(STAMP)
-	$(BIN)/python -m pip install --quiet kubernetes-validate
+	$(BIN)/python -m pip install --quiet kubernetes-validate selenium
 	@deploy/tools.sh $(DEPLOY_TOOLS)
 	$(BIN)/python -m pytest tests/deploy -rs -m "deploy or not deploy" $(ARGS)
 

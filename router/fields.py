@@ -39,6 +39,13 @@ def integer(name: str, value: object, low: int, high: int) -> int:
     return value
 
 
+def digits(name: str, text: str, low: int, high: int) -> int:
+    """A whole number in a query string: nothing but ASCII digits."""
+    if not (text.isascii() and text.isdecimal() and len(text) <= len(str(high))):
+        raise refuse(name, text, f"a whole number from {low} to {high}")
+    return integer(name, int(text), low, high)
+
+
 def number(name: str, value: object, low: float, high: float, *, above: bool = False) -> float:
     """``above``: the lower bound itself is not allowed."""
     bounds = f"above {low:g} and up to {high:g}" if above else f"from {low:g} to {high:g}"

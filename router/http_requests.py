@@ -5,6 +5,7 @@ A principal sees its own requests alone; without API keys everybody is the same 
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from aiohttp import web
@@ -18,6 +19,7 @@ from router.http_errors import json_response
 from router.timelines import Timeline, Timelines
 
 _MS = 1e6
+MOST = 100_000
 
 
 class RequestHandlers:
@@ -27,7 +29,9 @@ class RequestHandlers:
 
     async def requests(self, request: web.Request) -> web.Response:
         principal = self._keys.principal(request.headers.get("Authorization"))
-        found = [summary(timeline) for timeline in self._timelines.newest(principal)]
+        limit = fields.digits("limit", request.query.get("limit", str(MOST)), 1, MOST)
+        newest = itertools.islice(self._timelines.newest(principal), limit)
+        found = [summary(timeline) for timeline in newest]
         return json_response({"requests": found})
 
     async def request(self, request: web.Request) -> web.Response:

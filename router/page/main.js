@@ -15,6 +15,8 @@ import { startTimeline } from "./timeline.js";
 
 const INTERVAL_MS = 1000;
 const SLOWEST_MS = 10000;
+// More than that would be drawn nowhere.
+const MOST_REQUESTS = 80;
 
 const history = { epoch: "", sequence: 0, samples: [] };
 let failures = 0;
@@ -38,7 +40,7 @@ function remember(answer) {
 
 async function poll() {
   const query = `since=${history.sequence}&epoch=${encodeURIComponent(history.epoch)}`;
-  const [live, listed] = await Promise.all([getJson(`/live.json?${query}`), getJson("/requests")]);
+  const [live, listed] = await Promise.all([getJson(`/live.json?${query}`), getJson(`/requests?limit=${MOST_REQUESTS}`)]);
   remember(live);
   showCluster(live.now);
   charts.show(history.samples, live.now);

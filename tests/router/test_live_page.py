@@ -147,6 +147,17 @@ def test_the_page_is_open_and_its_data_needs_the_key(model_folder, tmp_path) -> 
         assert call(locked.http, "GET", "/live.json", headers=headers).status == 200
 
 
+@pytest.mark.parametrize("limit", ["0", "-1", "x", "1e3", "9" * 30])
+def test_the_list_of_requests_can_be_cut(world: World, limit: str) -> None:
+    for _ in range(3):
+        post(world.http, "/v1/completions", {"prompt": "a fox", "max_tokens": 2})
+    every = call(world.http, "GET", "/requests").json["requests"]
+    cut = call(world.http, "GET", "/requests?limit=2").json["requests"]
+    assert [r["request_id"] for r in cut] == [r["request_id"] for r in every[:2]]
+    refused = call(world.http, "GET", f"/requests?limit={limit}")
+    assert (refused.status, refused.json["error"]["param"]) == (400, "limit")
+
+
 # ---- the last minutes ---------------------------------------------------------------------------
 
 
