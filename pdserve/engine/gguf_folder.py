@@ -5,12 +5,20 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    modeling_gguf_pytorch_utils,
+)
 
 from pdserve.engine.progress import Progress, ProgressSink
 from pdserve.engine.quiet import LOADING_ERRORS, first_line, quiet_transformers
@@ -22,7 +30,7 @@ def write_folder(gguf: Path, folder: Path, progress: ProgressSink) -> None:
 
     ConfigError when the file cannot be read, OSError when the folder cannot be written.
     """
-    with quiet_transformers():
+    with quiet_transformers(), _no_bar():
         tokenizer, model = _read(gguf, progress)
         # Dense by now, but still marked as quantized, which save_pretrained refuses to write.
         model.hf_quantizer = None
@@ -40,6 +48,18 @@ def write_folder(gguf: Path, folder: Path, progress: ProgressSink) -> None:
             code = errno.ENOSPC if full else errno.EIO
             raise OSError(code, os.strerror(code), str(folder)) from error
         tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    """The reader of GGUF files takes its bar from tqdm itself, past the library's own switch."""
+    module: Any = modeling_gguf_pytorch_utils
+    bar = module.tqdm
+    module.tqdm = partial(bar, disable=True)
+    try:
+        yield
+    finally:
+        module.tqdm = bar
 
 
 def _read(gguf: Path, progress: ProgressSink) -> tuple[Any, Any]:

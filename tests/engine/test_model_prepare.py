@@ -42,12 +42,17 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cache = tmp_path_factory.mktemp("models")
     both = [
         subprocess.Popen(
-            [sys.executable, "-c", PREPARE, str(cache)], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", PREPARE, str(cache)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for _ in range(2)
     ]
-    said = [process.communicate(timeout=200)[0].splitlines() for process in both]
-    assert [process.returncode for process in both] == [0, 0]
+    told = [process.communicate(timeout=200) for process in both]
+    assert [process.returncode for process in both] == [0, 0], told
+    assert [error for _, error in told] == ["", ""], "no bar and no advice of a library"
+    said = [output.splitlines() for output, _ in told]
     assert said[0][-1] == said[1][-1]
     steps = [line for lines in said for line in lines[:-1]]
     assert sorted(steps) == [
