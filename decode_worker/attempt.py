@@ -251,15 +251,16 @@ class Attempt:
             self._services.bridge.post(api.Forget(keys))
 
     def _emit_tokens(self, effect: protocol.Emit) -> None:
+        if effect.event is not None:
+            self._note(effect.event)
+        if not effect.tokens and effect.finish is None:
+            return
         board.hit(Step.DECODE_TOKENS)
         event = worker_pb2.AttemptEvent(
             attempt_id=self._submit.seq,
             offset=effect.offset,
             tokens=[convert.token_out_to_proto(token) for token in effect.tokens],
         )
-        source = effect.event
-        if source is not None:
-            self._note(source)
         if effect.finish is not None:
             event.finish_reason = convert.finish_reason_to_proto(effect.finish)
         if not self._facts_sent:

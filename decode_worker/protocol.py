@@ -6,6 +6,9 @@ With a prefill peer:
                                                 (grant is sent)      (offers are read)
 Alone: LOCAL from the start; the engine reads the prompt itself.
 
+The client gets the first token as soon as the last block arrived: the engine may be in the middle
+of a step. When the engine tells that token too, it is dropped.
+
 What can go wrong (peer lost, a read failed, cancelled by the router) or end early (the first token
 finishes the request) leads to WINDING_DOWN, where the attempt is already answered, but the engine's
 sequence is not over: blocks that were lent go back only when no read writes into them any more.
@@ -118,6 +121,8 @@ class DropPeer:
 
 @dataclass(frozen=True, slots=True)
 class Emit:
+    """Without tokens and ``finish``: only what the engine's event tells besides is taken down."""
+
     tokens: tuple[TokenOut, ...]
     offset: int
     finish: FinishReason | None
@@ -147,6 +152,7 @@ class DecodeAttempt:
         self.bytes_moved = 0
         self._first_offset = first_offset
         self._first_token: TokenOut | None = None
+        self._first_told = False  # emitted here; the engine has not told it yet
         self._blocks: tuple[api.BlockId, ...] = ()
         self._first_wanted = 0
         self._lent = False
@@ -239,7 +245,10 @@ class DecodeAttempt:
         self._move(Input.TOKENS if event.finish is None else Input.FINISHED)
         effects: list[Effect] = []
         if not answered:
-            effects.append(Emit(event.tokens, event.offset, event.finish, event))
+            told = 1 if self._first_told else 0
+            self._first_told = False
+            tokens, offset = event.tokens[told:], event.offset + told
+            effects.append(Emit(tokens, offset, event.finish, event))
         if event.finish is not None:
             effects.append(End())
         return effects
@@ -291,7 +300,9 @@ class DecodeAttempt:
             return []
         self._move(Input.ARRIVED)
         self._lent = False
-        return [Post(api.ImportDone(self.seq, self._first_token)), SendDone()]
+        self._first_told = True
+        first = Emit((self._first_token,), self._first_offset, None, None)
+        return [first, Post(api.ImportDone(self.seq, self._first_token)), SendDone()]
 
     def _fail(
         self, error: PdserveError, peer_at_fault: bool, suspect: tuple[int, ...] = ()

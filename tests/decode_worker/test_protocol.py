@@ -73,6 +73,7 @@ class World:
             elif isinstance(effect, decode.Emit):
                 assert "failure" not in self.answers
                 assert "finish" not in self.answers
+                assert effect.offset == self.tokens, "a gap or a repeat"
                 self.tokens += len(effect.tokens)
                 if effect.finish is not None:
                     self.answers.append("finish")
@@ -237,6 +238,8 @@ class World:
         assert self.ended == 1, path
         assert self.cancelled or len(self.answers) == 1, path
         assert len(self.answers) <= 1, path
+        if "finish" in self.answers:
+            assert self.tokens == (1 if self.ends_at_first else 2), path
         assert not self.lent, path
         assert not self.reads, path
         assert self.decode_engine in ("none", "over"), path
@@ -289,6 +292,24 @@ def test_every_interleaving_ends_once_and_gives_everything_back(
     print(f"{states} states, {ends} ends")
     assert ends >= 1
     assert states > 8
+
+
+def test_the_first_token_goes_out_with_the_last_block_and_only_once() -> None:
+    machine = decode.DecodeAttempt(SEQ, 5, with_peer=True)
+    machine.accepted()
+    machine.started()
+    machine.reserved(api.Reserved(SEQ, 0, (api.BlockId(9),), CachedTokens()))
+    offers = [BlockOffer(0, 0, 0, 0)]
+    machine.offered(offers)
+    assert machine.peer_finished(TokenOut(7), None) == [], "its block may still arrive damaged"
+    first, commit, done = machine.read_done(offers, REPORT)
+    assert first == decode.Emit((TokenOut(7),), 5, None, None)
+    assert commit == decode.Post(api.ImportDone(SEQ, TokenOut(7)))
+    assert done == decode.SendDone()
+    again = api.Tokens(SEQ, 5, (TokenOut(7),))
+    assert machine.tokens(again) == [decode.Emit((), 6, None, again)]
+    second = api.Tokens(SEQ, 6, (TokenOut(8),))
+    assert machine.tokens(second) == [decode.Emit((TokenOut(8),), 6, None, second)]
 
 
 def test_an_offer_that_was_not_granted_is_a_protocol_error() -> None:
