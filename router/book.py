@@ -40,7 +40,12 @@ class RequestBook:
         """Admits it; the answer is the request that it takes over, which the caller must end."""
         job = request.job
         running = self._by_id.get(job.request_id)
-        if running is not None and not (job.resume and running.job.principal == job.principal):
+        # Ids are no secret: who resumes also says the same prompt as whoever asked.
+        same = running is not None and (running.job.principal, running.job.prompt) == (
+            job.principal,
+            job.prompt,
+        )
+        if running is not None and not (job.resume and same):
             raise DuplicateRequest(
                 f"request {job.request_id} is running; resume takes it over", param="request_id"
             )

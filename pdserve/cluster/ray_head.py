@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 _LOOK_S = 0.2
 _BACKOFF_MAX_S = 5.0
+# One that ran for so long is no sign of trouble with the next.
+_SETTLED_S = 10.0
+_NEVER_STARTED = -1
 
 
 class ControlPlane:
@@ -38,25 +43,35 @@ class ControlPlane:
 
     def ended(self) -> int | None:
         """Its exit code; None while it runs."""
-        code: int | None = self._node.all_processes[self._kind][0].process.poll()
+        started = self._node.all_processes.get(self._kind)
+        if not started:
+            return _NEVER_STARTED
+        code: int | None = started[0].process.poll()
         return code
 
     def restart(self) -> None:
         """On the port that it had, which everybody knows; it reads its tables before it serves."""
-        self._node.kill_gcs_server(check_alive=False)
+        if self._node.all_processes.get(self._kind):
+            self._node.kill_gcs_server(check_alive=False)
         self._node.start_gcs_server()
 
 
 def keep(plane: ControlPlane, done: threading.Event) -> None:
     """Starts the control plane again whenever it ended, until ``done``."""
-    pause = _LOOK_S
+    pause, restarted = _LOOK_S, -math.inf
     while not done.wait(pause):
         code = plane.ended()
         if code is None:
-            pause = _LOOK_S
+            if time.monotonic() - restarted > _SETTLED_S:
+                pause = _LOOK_S
             continue
+        restarted = time.monotonic()
         logger.warning("Ray's control plane ended with code %d; starting it again", code)
-        plane.restart()
+        try:
+            plane.restart()
+        except OSError as error:
+            # A full disk, for one. Workers and streams need this process: it tries again.
+            logger.warning("Ray's control plane could not be started: %s", error)
         pause = min(_BACKOFF_MAX_S, pause * 2)
 
 

@@ -125,6 +125,7 @@ class FusedDecoder:
     """A model for which ``why_not_fused`` has no reason, bound to one pool."""
 
     def __init__(self, loaded: LoadedModel, pool: PoolView, library: CDLL) -> None:
+        assert pool.blocks.dtype is torch.bfloat16
         model = loaded.model
         self._embed = model.model.embed_tokens
         self._rotary = model.model.rotary_emb
@@ -157,6 +158,7 @@ class FusedDecoder:
     def forward(self, plan: StepPlan, places: torch.Tensor) -> torch.Tensor:
         """Float logits [len(places), vocabulary] at those places of the line; writes the KV."""
         count = plan.size
+        assert len(places) <= count, "the kernel has room for one row a token"
         tokens, positions = torch.from_numpy(plan.tokens), torch.from_numpy(plan.positions)
         stream = self._embed(tokens).float()
         cosines, sines = self._rotation(stream, positions)

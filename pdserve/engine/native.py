@@ -197,8 +197,8 @@ def load_native(cache_dir: Path) -> NativeLoad:
     flags = (*FLAGS, "-fopenmp") if openmp else FLAGS
     if compiler is None:
         return NativeLoad(None, "no C++ compiler (g++) was found")
-    target = cache_dir / f"kernels-{_cache_key(compiler, flags)}.so"
     try:
+        target = cache_dir / f"kernels-{_cache_key(compiler, flags)}.so"
         _own_folder(cache_dir)
         if not target.exists():
             _build(compiler, flags, target)

@@ -183,7 +183,7 @@ def test_a_state_folder_that_cannot_be_is_one_clear_line(tmp_path: Path) -> None
 
 
 def test_a_full_disk_is_refused(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_dir, "_FREE_BYTES_MIN", 2**60)
+    monkeypatch.setattr(run_dir, "FREE_BYTES_MIN", 2**60)
     with pytest.raises(ConfigError, match="disk full"):
         run_dir.open_run(config)
     monkeypatch.undo()

@@ -182,6 +182,8 @@ def test_duplicates_are_refused_and_resumes_take_over() -> None:
                 await collect(made, job(prompt=PROMPT))
             with pytest.raises(DuplicateRequest):
                 await collect(made, job(prompt=PROMPT, resume=True, principal=stranger))
+            with pytest.raises(DuplicateRequest):  # knows the id, not what was asked
+                await collect(made, job(prompt=(*PROMPT, 9), resume=True))
             sent = tuple(token.token_id for token in got)
             second = made.dispatcher.generate(job(prompt=PROMPT, resume=True, generated=sent))
             deltas = [await anext(second)]

@@ -6,9 +6,10 @@
 #pragma once
 
 #include "flash.h"
-#include "team.h"
 
 #if HAS_TILES
+
+#include "team.h"
 
 namespace {
 

@@ -59,6 +59,7 @@ int64_t pdserve_has_tiles() { return HAS_TILES; }
 // out[rows, n] = x[rows, k] . linear, all bfloat16.
 void pdserve_linear(const Linear* linear, const uint16_t* x, uint16_t* out, int64_t rows,
                     int64_t threads) {
+  if (rows == 0) return;
   const int64_t k = linear->k, n = linear->n;
   const Cut cut(rows, panels(*linear), threads);
   with_team(threads, [&](Team& team) {
