@@ -26,7 +26,7 @@ DEPLOY_TOOLS := promtool:prometheus chromium:chromium chromedriver:chromium-driv
 	ss:iproute2 unshare:util-linux setpriv:util-linux mount:mount curl:curl
 OURS := pdserve kv_transfer cache_tiers prefill_worker decode_worker router bench tests
 
-.PHONY: help setup up test soak check proto docs deploy-check clean
+.PHONY: help setup up test bench soak check proto docs deploy-check clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST)) | head -6
@@ -53,6 +53,13 @@ up: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
+
+# Side by side with peers, each in an environment of its own; about an hour on two quiet cores.
+# make bench ARGS='handoff added --budget 10' runs some, for so many minutes.
+bench: $(STAMP)
+	$(BIN)/python -m pip install --quiet -e '.[bench]'
+	$(BIN)/python -m bench $(ARGS)
+	$(BIN)/python -m bench.pictures
 
 soak: $(STAMP)
 	$(BIN)/python -m tests.soak $(ARGS)

@@ -12,9 +12,8 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 
-from bench.record import RESULTS, Record
+from bench.record import Record
 
 # Each has a module here with ``run() -> Record``; in the order in which they run.
 MEASUREMENTS = {
@@ -35,16 +34,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", choices=[*MEASUREMENTS, []], metavar="NAME")
     parser.add_argument("--list", action="store_true", help="tell what there is")
     parser.add_argument("--budget", type=float, default=60.0, metavar="MINUTES")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER")
     parsed = parser.parse_args(arguments)
     if parsed.list:
         for name, what in MEASUREMENTS.items():
             print(f"{name:16} {what}")
         return 0
-    return _run_all(parsed.names or list(MEASUREMENTS), parsed.budget * 60, parsed.out)
+    return _run_all(parsed.names or list(MEASUREMENTS), parsed.budget * 60)
 
 
-def _run_all(names: Sequence[str], budget_s: float, out: Path) -> int:
+def _run_all(names: Sequence[str], budget_s: float) -> int:
     end = time.monotonic() + budget_s
     failed, left, missed = [], [], []
     for name in names:
@@ -59,7 +57,7 @@ def _run_all(names: Sequence[str], budget_s: float, out: Path) -> int:
             failed.append(name)
             continue
         missed += [f"{name}: {line.text()}" for line in record.lines if line.missed]
-        print(f"kept in {record.write(out)}", flush=True)
+        print(f"kept in {record.write()}", flush=True)
     for title, lines in (("missed", missed), ("failed", failed), ("no time left for", left)):
         for line in lines:
             print(f"{title}: {line}", file=sys.stderr)

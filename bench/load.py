@@ -30,13 +30,13 @@ TIMELINE_PROMPT, TIMELINE_TOKENS = 768, 8
 _LIMIT_S = 170.0
 
 
-def run(results: Path = RESULTS) -> Record:
+def run() -> Record:
     record = Record("load")
-    folder = results / "rates"
+    folder = RESULTS / "rates"
     folder.mkdir(parents=True, exist_ok=True)
     with running_cluster("router.skip_handoff_tokens=0", prefill=1, decode=1) as live:
         timeline = asyncio.run(_one_timeline(live))
-        (results / "timeline.json").write_text(json.dumps(timeline, indent=1) + "\n", "utf-8")
+        (RESULTS / "timeline.json").write_text(json.dumps(timeline, indent=1) + "\n", "utf-8")
         for rate, requests in RATES.items():
             what = ("--rate", f"{rate:g}", "--requests", str(requests), "--repeats", str(REPEATS))
             path = folder / f"rate-{rate:g}.json"

@@ -21,8 +21,8 @@ from pdserve.bench.stats import percentile
 from pdserve.client.aio import AsyncClient
 
 REPEATS = 5
-STREAMS, STREAM_TOKENS, STREAM_PROMPT = 4, 160, 128
-LONG_PROMPTS, LONG_PROMPT, EVERY_S = 3, 1024, 1.2
+STREAMS, STREAM_TOKENS, STREAM_PROMPT = 4, 96, 128
+LONG_PROMPTS, LONG_PROMPT, EVERY_S = 2, 1024, 1.0
 LOW_PROMPTS = (32, 256)
 LOW_TOKENS = 8
 _POOL = "engine.pool_blocks=1200"
@@ -96,6 +96,6 @@ async def _under_load(client: AsyncClient, rng: np.random.Generator) -> Loaded:
 async def _alone(client: AsyncClient, prompt: int, rng: np.random.Generator) -> float:
     """Milliseconds from end to end, the mean of a few requests one after another."""
     ends = [
-        (await stream(client, prompt_ids(prompt, rng), LOW_TOKENS)).token_s[-1] for _ in range(4)
+        (await stream(client, prompt_ids(prompt, rng), LOW_TOKENS)).token_s[-1] for _ in range(3)
     ]
     return 1e3 * statistics.fmean(ends)
