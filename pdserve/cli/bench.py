@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import dataclasses
 import ssl
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -17,6 +18,8 @@ from pdserve.cluster import router_view
 from pdserve.config import SecurityConfig
 from pdserve.errors import ConfigError
 
+_FILE_COLUMNS = 110
+
 
 def run(parsed: argparse.Namespace) -> int:
     names = [field.name for field in dataclasses.fields(Options)]
@@ -24,7 +27,8 @@ def run(parsed: argparse.Namespace) -> int:
     path = Path(parsed.out) if parsed.out else None
     if path is not None and not path.parent.is_dir():  # said before the load, not after it
         raise ConfigError(f"--out {path}: there is no folder {path.parent}")
-    console = Console(highlight=False)
+    # A file or a pipe has no width of its own, and rich would take one that wraps every cell.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else _FILE_COLUMNS)
     answered = asyncio.run(command.run(options, _front(parsed), path, console))
     return 0 if answered else 1
 

@@ -46,6 +46,17 @@ def test_times_and_counts_are_those_of_the_script(tmp_path: Path) -> None:
     assert result["tokens_counted_by"] == {"usage": 24}
 
 
+def test_a_row_is_one_line_where_there_is_no_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--rate", "inf", "--requests", "4", "--repeats", "3", "--output-tokens", "3")
+    with serve() as server:
+        bench(server, tmp_path / "r.json", *arguments)
+    rows = capsys.readouterr().out.splitlines()
+    (latency,) = (row for row in rows if "inter-token latency" in row)
+    assert latency.count("(") == latency.count(")") == 3, "each cell has its interval in it"
+
+
 def test_the_result_says_where_it_was_made(tmp_path: Path) -> None:
     with serve() as server:
         _, result = bench(server, tmp_path / "r.json", "--requests", "1", "--seed", "7")
