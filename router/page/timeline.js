@@ -2,7 +2,7 @@
 
 import { getJson } from "./api.js";
 import { byId, element, setText } from "./dom.js";
-import { bytes, count, seconds, shortId, skipped } from "./format.js";
+import { bytes, count, plural, seconds, shortId, skipped } from "./format.js";
 import { workers } from "./requests.js";
 
 const AGAIN_MS = 1000;
@@ -24,8 +24,8 @@ const NAMES = {
 function attributes(span) {
   const { attributes: a } = span;
   const words = [];
-  if (a.tokens) words.push(`${count(a.tokens)} tokens`);
-  if (a.blocks) words.push(`${count(a.blocks)} blocks`);
+  if (a.tokens) words.push(plural(a.tokens, "token"));
+  if (a.blocks) words.push(plural(a.blocks, "block"));
   if (a.bytes) words.push(bytes(a.bytes));
   if (a.transport) words.push(`by ${a.transport}`);
   if (a.tier) words.push(`from ${a.tier}`);
