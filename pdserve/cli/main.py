@@ -11,9 +11,12 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from pdserve.cli.admin_parser import add_admin
+
 _COMMANDS = {
     "up": "start a cluster on this machine and serve until Ctrl-C",
     "status": "show the workers of a running cluster",
+    "admin": "change a running cluster: drain, add, remove, resize, flush, log level",
     "generate": "send one prompt and print the answer as it comes",
     "bench": "offer load to a server and measure how it is answered",
     "doctor": "check whether this machine can run a cluster",
@@ -139,6 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     adders = {
         "up": _add_up,
         "status": _add_status,
+        "admin": lambda parser: add_admin(parser, _add_config),
         "generate": _add_generate,
         "bench": _add_bench,
         "doctor": _add_doctor,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pdserve.cluster.child import tail_of
 from pdserve.cluster.membership import Membership, Seen
-from pdserve.errors import DeadlineExceeded, WorkerLost, from_wire
+from pdserve.errors import DeadlineExceeded, PdserveError, WorkerLost, from_wire
 from pdserve.types import Role, WorkerId
 
 
@@ -29,6 +29,16 @@ def enough(seen: Mapping[WorkerId, Seen], minimum: Mapping[Role, int]) -> bool:
 
 def _trouble(seen: Mapping[WorkerId, Seen]) -> bool:
     return any(one.failure is not None or one.deaths for one in seen.values())
+
+
+def trouble_of(seen: Mapping[WorkerId, Seen]) -> PdserveError | None:
+    """Why the first of these that does not start does not."""
+    for worker, one in seen.items():
+        if one.failure is not None:
+            return from_wire(one.failure.code, f"{worker}: {one.failure.message}")
+        if one.facts is None and one.deaths:
+            return WorkerLost(f"{worker} died while it started")
+    return None
 
 
 def await_first(

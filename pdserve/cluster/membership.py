@@ -27,10 +27,10 @@ from ray.exceptions import RayActorError, RayError
 from pdserve.cluster.actor import StartFailure
 from pdserve.config import TimersConfig
 from pdserve.errors import ConfigError
+from pdserve.rpc import convert
 from pdserve.rpc.channels import make_channel
-from pdserve.rpc.convert import worker_facts_to_proto
 from pdserve.rpc.identity import Identity
-from pdserve.types import WorkerFacts, WorkerId
+from pdserve.types import Duty, WorkerFacts, WorkerId
 from pdserve.v1 import worker_pb2, worker_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -42,6 +42,10 @@ RESTART_POLL_MAX_S = 10.0
 REPUSH_S = 10.0
 _REFUSED = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
 CONTROL_PLANE_TIMEOUT_S = 2.0
+
+
+# The router's generation, who exists, and what is wanted of whom.
+_Truth = tuple[int, tuple[WorkerFacts, ...], tuple[tuple[WorkerId, Duty], ...]]
 
 
 class Router(Protocol):
@@ -80,7 +84,9 @@ class Membership:
         timers: TimersConfig,
         note: Callable[[str], None],
     ) -> None:
+        # Changed by other threads, under the lock of ``_changed``.
         self._actors = dict(actors)
+        self._duties = dict.fromkeys(actors, Duty.SERVE)
         self._router = router
         self._internal_address = internal_address
         self._identity = identity
@@ -88,11 +94,13 @@ class Membership:
         self._note = note
         self._seen = {worker: Seen() for worker in actors}
         self._changed = threading.Condition()
-        # The router's generation, and the workers that it was told of.
-        self._pushed: tuple[int, tuple[WorkerFacts, ...]] = (0, ())
+        # The router's generation, and what it was told.
+        self._pushed: _Truth = (0, (), ())
+        self._watchers: dict[WorkerId, asyncio.Task[None]] = {}
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
         self._poke = asyncio.Event()
+        self._replanned = asyncio.Event()
         # One thread: calls to Ray's control plane block while it is away.
         self._control = ThreadPoolExecutor(1, "ray-control")
         self._control_call: asyncio.Future[Any] | None = None
@@ -110,6 +118,40 @@ class Membership:
             self._thread.join()
         self._loop.close()
         self._control.shutdown(wait=False, cancel_futures=True)
+
+    # ---- the plan: who is to exist, and for what -------------------------------------------------
+
+    def add(self, worker: WorkerId, actor: Any) -> None:
+        """One more is to exist."""
+        with self._changed:
+            self._actors[worker] = actor
+            self._duties[worker] = Duty.SERVE
+            self._seen[worker] = Seen()
+        self._tell(self._replanned)
+
+    def drop(self, worker: WorkerId) -> None:
+        """It is to exist no more, and nobody asks for it."""
+        with self._changed:
+            for known in (self._actors, self._duties, self._seen):
+                known.pop(worker, None)
+            self._changed.notify_all()
+        self._tell(self._replanned)
+
+    def set_duty(self, worker: WorkerId, duty: Duty) -> None:
+        with self._changed:
+            self._duties[worker] = duty
+        self._tell(self._poke)
+
+    @property
+    def duties(self) -> Mapping[WorkerId, Duty]:
+        """Of every worker that is to exist, in the order of the plan."""
+        with self._changed:
+            return dict(self._duties)
+
+    def _tell(self, event: asyncio.Event) -> None:
+        self._loop.call_soon_threadsafe(event.set)
+
+    # ---- what is seen ----------------------------------------------------------------------------
 
     @property
     def seen(self) -> Mapping[WorkerId, Seen]:
@@ -132,31 +174,52 @@ class Membership:
             return True
 
     def _is_pushed(self) -> bool:
+        return self._pushed == self._truth()
+
+    def _truth(self) -> _Truth:
+        """Under the lock."""
         present = tuple(seen.facts for seen in self._seen.values() if seen.facts is not None)
-        return self._pushed == (self._router.generation, present)
+        return self._router.generation, present, tuple(self._duties.items())
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
         self._loop.run_until_complete(self._main())
 
     async def _main(self) -> None:
-        tasks = [asyncio.create_task(self._watch(worker)) for worker in self._actors]
-        tasks.append(asyncio.create_task(self._push_changes()))
+        push = asyncio.create_task(self._push_changes())
         stop = asyncio.create_task(self._stop.wait())
         try:
-            # A watcher never ends by itself; if one does, its error must not be lost.
-            done, _ = await asyncio.wait([*tasks, stop], return_when=asyncio.FIRST_COMPLETED)
-            for task in done - {stop}:
-                task.result()
+            while not stop.done():
+                self._replanned.clear()
+                self._follow_plan()
+                replanned = asyncio.create_task(self._replanned.wait())
+                tasks = (push, stop, replanned, *self._watchers.values())
+                # A watcher never ends by itself; if one does, its error must not be lost.
+                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                replanned.cancel()
+                for task in done:
+                    task.result()
         finally:
-            for task in (*tasks, stop):
+            tasks = (push, stop, *self._watchers.values())
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, stop, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _watch(self, worker: WorkerId) -> None:
+    def _follow_plan(self) -> None:
+        with self._changed:
+            actors = dict(self._actors)
+        for worker in self._watchers.keys() - actors.keys():
+            self._watchers.pop(worker).cancel()
+        for worker in actors.keys() - self._watchers.keys():
+            watcher = asyncio.create_task(self._watch(worker, actors[worker]))
+            self._watchers[worker] = watcher
+        self._poke.set()
+
+    async def _watch(self, worker: WorkerId, actor: Any) -> None:
+        """Until it is cancelled, which may be a while after the worker was dropped."""
         while True:
             try:
-                answer = await asyncio.wrap_future(self._actors[worker].describe.remote().future())
+                answer = await asyncio.wrap_future(actor.describe.remote().future())
             except RayActorError:
                 if await self._control_plane_answers():
                     self._set_gone(worker)
@@ -167,16 +230,22 @@ class Membership:
                     self._set_present(worker, answer)
                 else:
                     self._set_failed(worker, answer)
-            await asyncio.sleep(_pause(self._seen[worker]))
+            await asyncio.sleep(_pause(self._before(worker)))
+
+    def _before(self, worker: WorkerId) -> Seen:
+        with self._changed:
+            return self._seen.get(worker, Seen())
 
     def _set(self, worker: WorkerId, seen: Seen) -> None:
         with self._changed:
+            if worker not in self._actors:
+                return
             self._seen[worker] = seen
             self._changed.notify_all()
         self._poke.set()
 
     def _set_present(self, worker: WorkerId, facts: WorkerFacts) -> None:
-        before = self._seen[worker]
+        before = self._before(worker)
         if before.facts == facts:
             return
         replaced = before.facts is not None and before.facts.incarnation != facts.incarnation
@@ -186,7 +255,7 @@ class Membership:
         self._set(worker, Seen(facts, None, deaths))
 
     def _set_gone(self, worker: WorkerId) -> None:
-        before = self._seen[worker]
+        before = self._before(worker)
         if before.facts is not None or not before.deaths:
             self._note(f"{worker} died")
         fruitless = before.fruitless + (1 if before.facts is None else 0)
@@ -194,7 +263,7 @@ class Membership:
         self._set(worker, gone)
 
     def _set_failed(self, worker: WorkerId, failure: StartFailure) -> None:
-        before = self._seen[worker]
+        before = self._before(worker)
         if before.failure == failure:
             return
         self._note(f"{worker} does not start: {failure.message}")
@@ -226,10 +295,14 @@ class Membership:
                 break
 
     async def _push(self) -> bool:
-        generation, workers = self._router.generation, self.workers()
+        with self._changed:
+            truth = generation, workers, duties = self._truth()
         if generation == 0:
             return False
-        request = worker_pb2.SetWorkersRequest(workers=[worker_facts_to_proto(w) for w in workers])
+        request = worker_pb2.SetWorkersRequest(
+            workers=[convert.worker_facts_to_proto(worker) for worker in workers],
+            plan=convert.plan_to_proto(dict(duties)),
+        )
         async with make_channel(self._internal_address(), self._identity) as channel:
             stub = worker_pb2_grpc.MembershipStub(channel)
             try:
@@ -240,6 +313,6 @@ class Membership:
                 logger.warning("telling the router of its workers failed: %s", error.code().name)
                 return False
         with self._changed:
-            self._pushed = (generation, workers)
+            self._pushed = truth
             self._changed.notify_all()
         return True

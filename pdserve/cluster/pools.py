@@ -26,6 +26,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pdserve.cluster.actor import ActorBoot, WorkerActor
+from pdserve.cluster.ray_node import RayNode
 from pdserve.config import Config
 from pdserve.errors import ConfigError
 from pdserve.rpc.identity import Caller, mint
@@ -78,7 +79,8 @@ def plan_pools(config: Config, gpus: float, nodes: int) -> tuple[WorkerPlan, ...
     """
     wanted = counts(config)
     total = sum(minimum(config).values())
-    share, sharing = 0.0, max(1, math.ceil(total / max(1, nodes)))
+    # Memory keeps nobody off a host, so all may come to share what there is now.
+    share, sharing = 0.0, max(1, math.ceil(sum(wanted.values()) / max(1, nodes)))
     if config.pools.gpus_per_worker:
         if gpus < 1:
             raise ConfigError("pools.gpus_per_worker = 1, but Ray finds no GPU here")
@@ -88,6 +90,19 @@ def plan_pools(config: Config, gpus: float, nodes: int) -> tuple[WorkerPlan, ...
         WorkerPlan(WorkerId(f"{role.value}-{index}"), role, share, sharing)
         for role, count in wanted.items()
         for index in range(count)
+    )
+
+
+def plan_worker(
+    config: Config, worker: WorkerId, role: Role, total: int, node: RayNode
+) -> WorkerPlan:
+    """One more worker beside ``total`` others; it shares the memory of a host as if all moved up.
+
+    It takes a whole GPU: those that are there keep their shares.
+    """
+    gpus = float(config.pools.gpus_per_worker)
+    return WorkerPlan(
+        worker, role, gpus, 1 if gpus else math.ceil((total + 1) / max(1, node.nodes))
     )
 
 
@@ -112,28 +127,41 @@ def namespace_of(config: Config) -> str:
 
 
 class Pools:
-    """Owns the actors. Not thread-safe: the supervisor calls it."""
+    """Owns the actors. ``add`` and ``remove`` are called by one thread at a time."""
 
     def __init__(self, spec: PoolSpec, plans: Sequence[WorkerPlan]) -> None:
         self._spec = spec
         self.plans = tuple(plans)
         self.actors: dict[WorkerId, Any] = {}
-        self._groups: list[PlacementGroup] = []
+        self._groups: dict[WorkerId, PlacementGroup] = {}
 
     def create(self) -> None:
         """Asks Ray for all actors at once and returns; they start side by side."""
         self._end_leftovers()
         for plan in self.plans:
-            group = placement_group([_bundle(plan)], lifetime="detached")
-            self._groups.append(group)
-            actor = self._actor(plan, group)
-            # The start begins with the first question; membership asks again and hears the answer.
-            actor.describe.remote()
-            self.actors[plan.id] = actor
+            self.add(plan)
+
+    def add(self, plan: WorkerPlan) -> Any:
+        """Asks Ray for one more actor, and returns its handle."""
+        group = self._groups[plan.id] = placement_group([_bundle(plan)], lifetime="detached")
+        actor = self.actors[plan.id] = self._actor(plan, group)
+        # The start begins with the first question; membership asks again and hears the answer.
+        actor.describe.remote()
+        return actor
+
+    def remove(self, worker: WorkerId, present: bool, timeout_s: float) -> None:
+        """Ends a worker for good: in order where it is ``present``, within ``timeout_s``."""
+        actor, group = self.actors.pop(worker), self._groups.pop(worker)
+        if present:
+            ray.wait([actor.stop.remote(0.0)], timeout=timeout_s)
+        ray.kill(actor, no_restart=True)
+        remove_placement_group(group)
 
     def kill(self, worker: WorkerId) -> None:
         """Ends a worker at once; Ray starts it anew, where workers are restarted."""
-        ray.kill(self.actors[worker], no_restart=not self._spec.config.pools.restart_workers)
+        actor = self.actors.get(worker)
+        if actor is not None:  # None: it was removed meanwhile
+            ray.kill(actor, no_restart=not self._spec.config.pools.restart_workers)
 
     def stop(self, present: Sequence[WorkerId], drain_s: float, timeout_s: float) -> None:
         """Lets those present end side by side, then ends what is left; takes bounded time."""
@@ -153,7 +181,7 @@ class Pools:
                 ray.wait(calls, num_returns=len(calls), timeout=timeout_s)
             for actor in self.actors.values():
                 ray.kill(actor, no_restart=True)
-            for group in self._groups:
+            for group in self._groups.values():
                 remove_placement_group(group)
         except (RayError, RuntimeError) as error:
             # Their processes are ended all the same, by whoever owns the run.

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from pdserve.config import SecurityConfig
 from pdserve.errors import ConfigError, WorkerLost
+from pdserve.types import WorkerId
 
 _ANSWER_BYTES_MAX = 16 * 2**20
 _CONNECT_TIMEOUT_S = 5.0
@@ -107,13 +108,33 @@ def tls_context(access: Access) -> ssl.SSLContext | None:
     return context
 
 
+def states(access: Access) -> dict[WorkerId, str]:
+    """What each worker's state is to the router. WorkerLost as ``workers``."""
+    return {WorkerId(str(one.get("id"))): str(one.get("state")) for one in workers(access)}
+
+
 def workers(access: Access) -> list[dict[str, Any]]:
     """The router's view of the workers. WorkerLost when it does not answer as it should."""
-    status, body = get(access, "/workers")
-    try:
-        data = json.loads(body)["workers"] if status == 200 else None
-    except (ValueError, KeyError, TypeError):
-        data = None
+    data = _member(access, "/workers", "workers", "list of workers")
     if not isinstance(data, list) or not all(isinstance(item, dict) for item in data):
-        raise WorkerLost(f"GET {access.url}/workers answered {status} without a list of workers")
+        raise WorkerLost(f"GET {access.url}/workers answered without a list of workers")
     return data
+
+
+def live(access: Access) -> dict[str, Any]:
+    """What the live page shows of this moment. WorkerLost as ``workers``."""
+    data = _member(access, "/live.json", "now", "snapshot")
+    if not isinstance(data, dict):
+        raise WorkerLost(f"GET {access.url}/live.json answered without a snapshot")
+    return data
+
+
+def _member(access: Access, path: str, name: str, what: str) -> object:
+    status, body = get(access, path)
+    try:
+        found: object = json.loads(body)[name] if status == 200 else None
+    except (ValueError, KeyError, TypeError):
+        found = None
+    if found is None:
+        raise WorkerLost(f"GET {access.url}{path} answered {status} without a {what}")
+    return found

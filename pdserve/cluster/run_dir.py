@@ -34,6 +34,8 @@ _LONGEST_TMP = 16
 HASH_KEY_BYTES = 32
 MIN_TOKEN_CHARS = 16
 FREE_BYTES_MIN = 200 * 2**20
+# See admin_access.py.
+ADMIN_FILE = "admin.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,7 @@ class Run:
     def record(self, **fronts: str) -> None:
         """Writes run.json; ``fronts`` are RunRecord's fields from ``http`` on."""
         record = RunRecord(os.getpid(), self.run_id, str(self.short_dir), **fronts)
-        _write_private(self.state_dir / "run.json", json.dumps(asdict(record)).encode())
+        write_private(self.state_dir / "run.json", json.dumps(asdict(record)).encode())
 
     def close(self) -> None:
         """Forgets the run. Its processes must have ended."""
@@ -131,6 +133,7 @@ def _clean_up(state_dir: Path) -> tuple[Marked, ...]:
     if record is not None:
         _remove_short_dir(Path(record.short_dir))
     shutil.rmtree(state_dir / "run", ignore_errors=True)
+    (state_dir / ADMIN_FILE).unlink(missing_ok=True)
     return orphans
 
 
@@ -186,7 +189,7 @@ def read_record(state_dir: Path) -> RunRecord | None:
         return None
 
 
-def _write_private(path: Path, data: bytes) -> None:
+def write_private(path: Path, data: bytes) -> None:
     """Replaces a file at once; nobody else can read it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.unlink(missing_ok=True)
@@ -213,7 +216,7 @@ def hash_key(config: Config, state_dir: Path) -> bytes:
     configured = config.security.hash_key_file
     path = Path(configured) if configured else state_dir / "hash.key"
     if not configured and not path.exists():
-        _write_private(path, secrets.token_hex(HASH_KEY_BYTES).encode())
+        write_private(path, secrets.token_hex(HASH_KEY_BYTES).encode())
     text = _read_secret(path, "security.hash_key_file").strip()
     try:
         key = bytes.fromhex(text)

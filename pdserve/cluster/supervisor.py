@@ -2,8 +2,9 @@
 
 start_cluster: run opened, ports free
                -> Redis, the model and Ray side by side -> router as soon as the model is there
-               -> actors -> all described, and the router told -> Cluster
-Cluster.stop:  router (drains) -> membership -> workers -> Ray -> Redis -> sweep -> run closed
+               -> actors -> all described, and the router told -> admin service -> Cluster
+Cluster.stop:  admin service -> router (drains) -> membership -> workers -> Ray -> Redis -> sweep
+               -> run closed
 
 Whatever fails or is interrupted on the way up goes the way down from there. The way down ends with
 a look for marked processes, and returns only when none is left.
@@ -38,6 +39,7 @@ from pdserve.types import Role, WorkerFacts, WorkerId
 from pdserve.worker.boot import ENTRY_POINTS
 
 if TYPE_CHECKING:
+    from pdserve.cluster.admin_server import AdminServer
     from pdserve.cluster.keeper import Keeper
     from pdserve.cluster.membership import Membership
     from pdserve.cluster.pools import Pools, PoolSpec
@@ -73,6 +75,7 @@ class Cluster:
         self._pools: Pools | None = None
         self._membership: Membership | None = None
         self._keeper: Keeper | None = None
+        self._admin: AdminServer | None = None
         # Set when the cluster can no longer do its work and will not mend.
         self.broken = threading.Event()
         self._stopping = threading.Event()
@@ -142,6 +145,8 @@ class Cluster:
             self.run.close()
 
     def _stop_parts(self, drain_s: float) -> None:
+        if self._admin is not None:
+            self._admin.stop()
         if self._keeper is not None:
             self._keeper.stop()
         if self._router is not None:
@@ -206,6 +211,7 @@ class Cluster:
         if self._redis is not None:
             self._redis.wait_ready()
         self._start_membership(secret)
+        self._start_admin(secret)
 
     def _start_redis(self) -> None:
         if self.config.cache.redis.mode != "local":
@@ -328,6 +334,27 @@ class Cluster:
             self._progress.note,
         )
         self._keeper.start()
+
+    def _start_admin(self, secret: Secrets) -> None:
+        from pdserve.cluster.admin_server import admin_for  # noqa: PLC0415
+
+        pools, membership, router, ray = self._pools, self._membership, self._router, self._ray
+        assert pools is not None
+        assert membership is not None
+        assert router is not None
+        assert ray is not None
+        self._admin = admin_for(
+            self.config,
+            self.run.state_dir,
+            secret.token,
+            pools,
+            membership,
+            router,
+            ray,
+            self.http,
+            self._progress.note,
+        )
+        self._admin.start()
 
 
 def _pool_text(facts: WorkerFacts) -> str:
