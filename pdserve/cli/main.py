@@ -15,7 +15,7 @@ from pdserve.cli.admin_parser import add_admin
 
 _COMMANDS = {
     "up": "start a cluster on this machine and serve until Ctrl-C",
-    "status": "show the workers of a running cluster",
+    "status": "show a running cluster: live on a terminal, else once",
     "admin": "change a running cluster: drain, add, remove, resize, flush, log level",
     "generate": "send one prompt and print the answer as it comes",
     "bench": "offer load to a server and measure how it is answered",
@@ -80,7 +80,9 @@ def _add_reach(parser: argparse.ArgumentParser) -> None:
 def _add_status(parser: argparse.ArgumentParser) -> None:
     _add_reach(parser)
     parser.add_argument("--url", help="base URL of the HTTP front; default: the named cluster's")
-    parser.add_argument("--json", action="store_true", help="the answer of GET /workers")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="the answer of GET /workers")
+    how.add_argument("--once", action="store_true", help="one table, also on a terminal")
 
 
 def _add_doctor(parser: argparse.ArgumentParser) -> None:

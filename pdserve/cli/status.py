@@ -1,29 +1,77 @@
-"""``pdserve status``: the workers of a running cluster, as its router sees them."""
+"""``pdserve status``: a running cluster as its router sees it; live on a terminal, else once.
+
+ask the router -> draw -> a second -> ask ... Ctrl-C: the last picture stays, status 0
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
+import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
 from pdserve.cli.options import find_fronts
 from pdserve.cluster import router_view
+from pdserve.cluster.router_view import Access
+from pdserve.errors import WorkerLost
 
 _COLUMNS = ("id", "state", "role", "pid", "node", "address", "running", "waiting")
+_INTERVAL_S = 1.0
 
 
 def run(parsed: argparse.Namespace) -> int:
-    workers = router_view.workers(find_fronts(parsed).http)
-    print(json.dumps({"workers": workers}, indent=2) if parsed.json else table(workers))
+    access = find_fronts(parsed).http
+    if parsed.json:
+        print(json.dumps({"workers": router_view.workers(access)}, indent=2))
+    elif parsed.once or not _can_redraw():
+        print(table(router_view.workers(access)))
+    else:
+        _watch(access)
     return 0
 
 
+def _can_redraw() -> bool:
+    return sys.stdout.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
+
+
+def _watch(access: Access) -> None:
+    """Until Ctrl-C. WorkerLost when the router does not answer the first time."""
+    # Imported here: one table needs no rich.
+    from rich.console import Console  # noqa: PLC0415
+    from rich.live import Live  # noqa: PLC0415
+
+    from pdserve.cli import snapshot  # noqa: PLC0415
+    from pdserve.cli.picture import picture  # noqa: PLC0415
+
+    now, trouble = snapshot.fetch(access), ""
+    console = Console()
+    # Told to end in another way, the cursor must come back too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with Live(picture(now, console.width), console=console, auto_refresh=False) as screen:
+            while True:
+                time.sleep(_INTERVAL_S)
+                try:
+                    now, trouble = snapshot.fetch(access), ""
+                except WorkerLost as error:
+                    trouble = str(error)
+                screen.update(picture(now, console.width, trouble), refresh=True)
+    except KeyboardInterrupt:
+        return
+
+
 def table(workers: list[dict[str, Any]]) -> str:
-    """One line a worker under one line of headings."""
+    """One line a worker under one line of headings, then what does not work as it should."""
     rows = [[*_COLUMNS, "blocks used+cached/total"], *(_row(worker) for worker in workers)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
+    lines += [
+        f"{one.get('id')} is degraded: {one['degraded']}" for one in workers if one.get("degraded")
+    ]
     return "\n".join(line.rstrip() for line in lines)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from pdserve.cluster import orphans
+from tests.cli.terminal import Terminal
 from tests.models import tiny_model
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
@@ -93,6 +94,52 @@ def check_doctor(up: Up, url: str) -> None:
     assert f"runs (pid {up.process.pid}) with 2 workers, all ready" in found["cluster"]
 
 
+def check_once(up: Up) -> None:
+    """Without a terminal, or asked for it: one plain table, and an end."""
+    piped = up.command("status")
+    lines = piped.stdout.splitlines()
+    assert piped.returncode == 0
+    assert [line.split()[0] for line in lines] == ["id", "decode-0", "prefill-0"]
+    assert "\x1b" not in piped.stdout
+    terminal = Terminal([sys.executable, "-m", "pdserve.cli.main", "status", "--once", *up.options])
+    try:
+        assert terminal.wait_end(60) == 0
+        assert "\x1b" not in terminal.raw
+        assert terminal.wait_for(r"^decode-0 +ready +decode ")
+    finally:
+        terminal.close()
+
+
+def check_live_status(up: Up) -> None:
+    """On a terminal it goes on, changes as the cluster does, and leaves the terminal clean."""
+    terminal = Terminal([sys.executable, "-m", "pdserve.cli.main", "status", *up.options])
+    try:
+        names = terminal.wait_for(r"^worker +state ").split()
+        before = dict(zip(names, terminal.wait_for(r"^decode-0 +ready ").split(), strict=False))
+        terminal.wait_for(r"^prefill +1/1 ")
+        terminal.wait_for(r"generated [0-9.]+ tokens/s +KV [0-9.]+ MB/s")
+        seen = len(terminal.lines)
+        told = up.command("generate", "A prompt of its own, not yet in any cache", "--text")
+        assert told.returncode == 0, told.stderr
+        terminal.wait_for(
+            rf"^decode-0 +ready .* 0 +(?!{before['cached']} )[0-9]+ +200 ", after=seen
+        )
+        # A worker that stands still is shown as such.
+        pid = int(before["pid"])
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            terminal.wait_for(r"^decode-0 +suspect ", after=seen)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        terminal.wait_for(r"^decode-0 +ready ", after=len(terminal.lines))
+        assert max(map(len, terminal.lines)) <= 80
+        assert not [line for line in terminal.lines if "…" in line]
+        terminal.key(b"\x03")
+        assert terminal.wait_end() == 0
+    finally:
+        terminal.close()
+
+
 def test_it_proves_itself_serves_and_cleans_up_after_a_kill(model: Path, state: Path) -> None:
     first = Up(state, model)
     url = first.wait_ready()
@@ -111,6 +158,8 @@ def test_it_proves_itself_serves_and_cleans_up_after_a_kill(model: Path, state: 
     assert told.returncode == 0, told.stderr
     assert "written by decode-0" in told.stderr
     check_doctor(first, url)
+    check_once(first)
+    check_live_status(first)
     second = first.command("up")
     assert second.returncode == 2
     assert f"already runs (pid {first.process.pid}, {url})" in second.stderr
