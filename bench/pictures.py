@@ -67,7 +67,8 @@ def _growth(growth: Any, handoff: Any, alone: Any, path: Path) -> None:
             label = f"{name}, against {curve['axis']}"
             steps.loglog(curve["x"], [1e3 * s for s in curve["seconds"]], "o-", label=label)
     memory = growth["notes"]["prefix index memory"]
-    index.loglog(memory["x"], [b / 2**20 for b in memory["bytes"]], "s--", label="its memory, MiB")
+    seen = [(x, b / 2**20) for x, b in zip(memory["x"], memory["bytes"], strict=True) if b > 0]
+    index.loglog(*zip(*seen, strict=True), "s--", label="its memory, MiB")
     if handoff is not None:
         for name, curve in handoff["notes"]["growth"].items():
             label = f"hand-off over {name}, ms against tokens"
@@ -109,11 +110,12 @@ def _timeline(timeline: Mapping[str, Any], path: Path) -> None:
     figure, panel = plt.subplots(figsize=(10, 0.8 + 0.28 * len(spans)))
     places = list(dict.fromkeys(span["where"] for span in spans))
     for row, span in enumerate(spans):
-        width = max(span["end_ms"] - span["start_ms"], 0.15)
+        took = span["end_ms"] - span["start_ms"]
+        width = max(took, 0.003 * spans[-1]["end_ms"])  # what takes no time is seen, too
         color = f"C{places.index(span['where'])}"
         panel.barh(row, width, left=span["start_ms"], color=color, height=0.7)
-        text = f"{span['name']} ({span['end_ms'] - span['start_ms']:.1f} ms)"
-        panel.text(span["end_ms"] + 1, row, text, va="center", fontsize=7)
+        text = f"{span['name']} ({took:.1f} ms)" if took else span["name"]
+        panel.text(span["start_ms"] + width, row, text, va="center", fontsize=7)
     panel.set_yticks(range(len(spans)), [span["where"] for span in spans], fontsize=7)
     panel.invert_yaxis()
     panel.set(xlabel="ms since the request came", title=timeline["title"])
