@@ -18,6 +18,8 @@ from bench.record import Record
 # Each has a module here with ``run() -> Record``; in the order in which they run.
 MEASUREMENTS = {
     "engines": "the bare engines: ours, vLLM, transformers, llama.cpp",
+    "servers": "the same shapes over HTTP, whole runs: ours and vLLM's server",
+    "startup": "from the command to the first token: ours and vLLM's server",
     "handoff": "KV blocks over shared memory and TCP, beside memcpy and a bare socket",
     "redis_values": "the Redis tier beside pipelined redis-py",
     "added": "what the way through the cluster adds to the bare engine",
