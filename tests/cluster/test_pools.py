@@ -86,6 +86,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ray_node.RayNode]
     short = Path(f"/tmp/pds-test-{os.getpid()}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where workers find fake_role
+        patch.setenv("RAY_OVERRIDE_RESOURCES", '{"GPU": 4}')  # numbers alone: Ray counts them
         node = ray_node.start_ray("local", short / "ray", orphans.mark_value(state, "r"), threads=3)
     assert orphans.MARK not in os.environ
     assert node.owned
@@ -100,7 +101,10 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ray_node.RayNode]
 class Stand:
     """Pools and membership of one cluster over the shared Ray."""
 
-    def __init__(self, node: ray_node.RayNode, folder: Path, pools: PoolsConfig) -> None:
+    def __init__(
+        self, node: ray_node.RayNode, folder: Path, pools: PoolsConfig, gpus: float = 0.0
+    ) -> None:
+        """``gpus`` of each worker, beyond what a configuration may ask for."""
         from pdserve.cluster.membership import Membership
         from pdserve.cluster.pools import Pools, PoolSpec, plan_pools
 
@@ -111,7 +115,8 @@ class Stand:
         spec = PoolSpec(
             config, "here", "127.0.0.1", str(folder / "m"), TOKEN, bytes(32), "", 3, folder, MODULES
         )
-        self.pools = Pools(spec, plan_pools(config, gpus=0, nodes=1))
+        plans = [replace(plan, gpus=gpus) for plan in plan_pools(config, gpus=0, nodes=1)]
+        self.pools = Pools(spec, plans)
         self.router = RecordingRouter()
         self.pools.create()
         self.membership = Membership(
@@ -144,8 +149,8 @@ class Stand:
 def stand(node: ray_node.RayNode, tmp_path: Path) -> Iterator[Callable[..., Stand]]:
     made: list[Stand] = []
 
-    def make(**pools: Any) -> Stand:
-        made.append(Stand(node, tmp_path, PoolsConfig(**pools)))
+    def make(gpus: float = 0.0, **pools: Any) -> Stand:
+        made.append(Stand(node, tmp_path, PoolsConfig(**pools), gpus))
         return made[-1]
 
     yield make
@@ -255,6 +260,26 @@ def test_a_worker_that_crashes_at_start_is_noticed(
     assert "about to crash" in (tmp_path / "decode-0.log").read_text()
     (tmp_path / "m.crash").unlink()
     assert one.all_present()
+
+
+def test_devices_of_a_worker_are_reserved_as_one(
+    stand: Callable[..., Stand], tmp_path: Path
+) -> None:
+    """As many as it asks for, on one host, or none: four hold two workers of two."""
+    one = stand(gpus=2.0, prefill=1, decode=2)
+    assert one.membership.wait(lambda s: sum(e.facts is not None for e in s.values()) == 2, 30)
+    time.sleep(1.0)
+    present = [str(facts.id) for facts in one.membership.workers()]
+    assert len(present) == 2, "the third waits"
+    first, second = (devices(tmp_path, worker) for worker in present)
+    assert len(first) == len(second) == 2
+    assert first | second == {"0", "1", "2", "3"}
+
+
+def devices(folder: Path, worker: str) -> set[str]:
+    lines = (folder / f"{worker}.log").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith("devices ")]
+    return set(line.removeprefix("devices ").split(","))
 
 
 def test_plans_share_what_there_is() -> None:
