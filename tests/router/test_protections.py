@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 from router_harness import cluster, collect, drive, tokens
 from scripted_worker import Raw, ScriptedWorker, Shift, Write, answer, job
 
-from pdserve.errors import PdserveError
+from pdserve.errors import DuplicateRequest, PdserveError
 from pdserve.v1 import kv_pb2, worker_pb2
+from router.book import RequestBook
 from router.request_log import RequestLog
 from router.session import DecodeSession
 
@@ -65,17 +68,29 @@ def test_without_continuity_tokens_repeat_or_lack(monkeypatch: pytest.MonkeyPatc
 
 
 async def the_same_id_twice() -> int:
-    """How many attempts a request costs that a client sends twice."""
+    """How many attempts a request costs that a client sends twice, say for want of an answer."""
     worker = ScriptedWorker("d0", token_delay_s=0.02)
     async with cluster(worker) as made:
         stream = made.dispatcher.generate(job("twice", prompt=PROMPT, tokens=8))
         first = [await anext(stream)]
-        with pytest.raises(PdserveError):
+        with contextlib.suppress(DuplicateRequest):
             await collect(made, job("twice", prompt=PROMPT, tokens=8))
         first += [delta async for delta in stream]
         assert tokens(first) == answer(PROMPT, 8)
         return len(worker.starts)
 
 
-def test_a_duplicate_costs_no_attempt() -> None:
+def test_deduplication() -> None:
     assert drive(the_same_id_twice) == 1
+
+
+def test_without_deduplication_a_duplicate_is_worked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = RequestBook.open
+
+    def forgetful(self: RequestBook, request: RequestLog) -> RequestLog | None:
+        """Knows of nobody who asked before."""
+        self._by_id.clear()
+        return plain(self, request)
+
+    monkeypatch.setattr(RequestBook, "open", forgetful)
+    assert drive(the_same_id_twice) == 2
