@@ -1,6 +1,7 @@
 """How the Redis tier talks to its server: pooled connections, one deadline, one circuit breaker.
 
     ask the breaker -> connection of the pool -> one operation on its socket -> report
+    insist:            connection of the pool -> the same, again after a time-out
 
 Reads and writes have a breaker each: a server that is full refuses writes while its reads are as
 good as ever. redis-py connects, authenticates, encrypts and pools; the operation itself speaks
@@ -14,17 +15,20 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import redis
 
 from cache_tiers.breaker import Breaker, BreakerState, Permit
-from cache_tiers.resp import Reply, ServerRefused, Wire, raise_refusals
+from cache_tiers.resp import Reply, ServerRefused, Wire, WireTimeout, raise_refusals
 from pdserve.config import RedisTierConfig
 from pdserve.errors import ConfigError, TierError
 
 _CONNECTIONS_MAX = 8
+# Of one try, where somebody insists.
+_TRY_S = 5.0
 
 T = TypeVar("T")
 
@@ -50,6 +54,7 @@ class RedisLink:
             for direction in Direction
         }
         self._errors = 0
+        self._closed = threading.Event()
         # As of the last exchange:
         self._reachable = True
         self._writes_refused = False
@@ -94,14 +99,29 @@ class RedisLink:
         limit: float,
     ) -> list[Reply]:
         """Sends ``request`` and reads so many small replies; an error among them is raised."""
+        return self.run(direction, limit, partial(_exchange, request=request, replies=replies))
 
-        def run(wire: Wire) -> list[Reply]:
-            wire.send(request)
-            answers = [wire.reply() for _ in range(replies)]
-            raise_refusals(answers)
-            return answers
+    def insist(self, request: bytes, deadline: float) -> Reply:
+        """The one reply to what an operator waits for; tried again after each time-out.
 
-        return self.run(direction, limit, run)
+        The breaker keeps requests from waiting, so it is neither asked nor told. ``request`` may
+        be carried out more than once. ``deadline``: time.monotonic(). Raises TierError.
+        """
+        operation = partial(_exchange, request=[request], replies=1)
+        while True:
+            try:
+                limit = min(_TRY_S, deadline - time.monotonic())
+                return self._on_connection(limit, operation)[0]
+            except (WireTimeout, TimeoutError, redis.TimeoutError) as error:
+                if time.monotonic() >= deadline or self._closed.is_set():
+                    self._count_error()
+                    raise TierError("Redis did not answer in time") from error
+            except TierError:
+                self._count_error()
+                raise
+            except (redis.RedisError, OSError, UnicodeError) as error:
+                self._count_error()
+                raise TierError(f"Redis failed: {type(error).__name__}") from error
 
     def run(self, direction: Direction, limit: float, operation: Callable[[Wire], T]) -> T:
         """Runs ``operation`` on a connection, within ``limit`` seconds. Raises TierError."""
@@ -123,7 +143,12 @@ class RedisLink:
             self._report(direction, permit, worked=worked, refused=refused)
 
     def close(self) -> None:
+        self._closed.set()
         self._pool.disconnect()
+
+    def _count_error(self) -> None:
+        with self._lock:
+            self._errors += 1
 
     def _report(self, direction: Direction, permit: Permit, *, worked: bool, refused: bool) -> None:
         writing = direction is Direction.WRITE
@@ -151,6 +176,13 @@ class RedisLink:
             if not in_step:
                 connection.disconnect()
             self._pool.release(connection)
+
+
+def _exchange(wire: Wire, request: Sequence[bytes | memoryview], replies: int) -> list[Reply]:
+    wire.send(request)
+    answers = [wire.reply() for _ in range(replies)]
+    raise_refusals(answers)
+    return answers
 
 
 def _connection_pool(url: str, config: RedisTierConfig) -> redis.ConnectionPool:
