@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 from kv_transfer.base import BlockOffer, BlockReader, Endpoint, ReadReport
 from kv_transfer.readers import ReaderPool
@@ -22,6 +23,7 @@ _log = logging.getLogger(__name__)
 # threads to the others.
 READ_THREADS = 32
 LOST_PEERS_EVERY_S = 2.0
+READING = "kv-read"
 
 
 class PeerReads:
@@ -29,7 +31,9 @@ class PeerReads:
 
     def __init__(self, readers: ReaderPool) -> None:
         self._readers = readers
-        self._reading = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="kv-read")
+        self._reading = ThreadPoolExecutor(
+            READ_THREADS, thread_name_prefix=READING, initializer=_name_this_thread
+        )
         self._closing = ThreadPoolExecutor(1, thread_name_prefix="kv-close")
 
     async def open(self, endpoint: Endpoint) -> BlockReader:
@@ -70,6 +74,11 @@ class PeerReads:
     def close(self) -> None:
         self._closing.shutdown(wait=True)
         self._readers.close()
+
+
+def _name_this_thread() -> None:
+    """For ``top -H`` and the like: Python's own names stay within the process (until 3.14)."""
+    Path("/proc/thread-self/comm").write_text(READING)
 
 
 def _report(done: Future[object]) -> None:

@@ -208,6 +208,16 @@ def running(setup: PeerSetup) -> Iterator[Peer]:
         peer.close()
 
 
+def open_files() -> set[tuple[str, str]]:
+    """Descriptor and what it leads to, of this process. Compared as sets: what an earlier test left
+    to be collected may close at any time, and must hide nothing."""
+    found = set()
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the listing's own
+            found.add((fd, os.readlink(f"/proc/self/fd/{fd}")))
+    return found
+
+
 def eventually(holds: Callable[[], bool], seconds: float = 5.0) -> bool:
     end = time.monotonic() + seconds
     while not holds():

@@ -4,20 +4,23 @@
 
 Blocks are exact: free + cached = total on every worker, and no invariant broken. Of a process, its
 open files by kind, its threads and the shared pools that it maps are compared with the most that
-any process of its role had when the cluster was calm and every pair of workers had met.
+any process of its role had when the cluster was calm and every pair of workers had met. The threads
+that read KV are a pool, which grows with load and never shrinks: of them no more than its size.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
 
+from decode_worker.reads import READ_THREADS, READING
 from pdserve.v1 import worker_pb2 as pb
 from tests.e2e.clusters import Running
 
@@ -46,7 +49,8 @@ def processes(running: Running) -> dict[str, int]:
 def resources(pid: int) -> Resources:
     found: Counter[str] = Counter()
     folder = Path(f"/proc/{pid}")
-    found["threads"] = len(list((folder / "task").iterdir()))
+    for name in _threads(folder):
+        found[READING if name == READING else "threads"] += 1
     for fd in (folder / "fd").iterdir():
         try:
             found[_kind(os.readlink(fd))] += 1
@@ -55,6 +59,12 @@ def resources(pid: int) -> Resources:
     maps = (folder / "maps").read_text().splitlines()
     found["mapped"] = len({line.split()[4] for line in maps if "memfd:" in line})
     return found
+
+
+def _threads(folder: Path) -> Iterator[str]:
+    for task in (folder / "task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            yield (task / "comm").read_text().strip()
 
 
 def _kind(target: str) -> str:
@@ -109,6 +119,8 @@ def look(running: Running, baseline: Baseline) -> list[str]:
             )
     for name, pid in processes(running).items():
         now, calm = resources(pid), baseline[role_of(name)]
+        if now.get(READING, 0) > READ_THREADS:
+            left.append(f"{name}: {now[READING]} threads read KV, of at most {READ_THREADS}")
         left += [
             f"{name}: {kind} {now.get(kind, 0)}, calm {calm.get(kind, 0)}"
             for kind, more in ALLOWED.items()
