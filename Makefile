@@ -60,6 +60,7 @@ bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet -e '.[bench]'
 	$(BIN)/python -m bench $(ARGS)
 	$(BIN)/python -m bench.pictures
+	$(BIN)/python -m bench.report > docs/figures.md
 
 soak: $(STAMP)
 	$(BIN)/python -m tests.soak $(ARGS)

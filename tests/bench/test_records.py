@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import report
 from bench.record import Goal, Record, interleaved, ratio
 
 
@@ -46,3 +47,15 @@ def test_a_miss_is_named_and_kept(tmp_path: Path) -> None:
     assert kept["seed"] == 7
     assert kept["machine"]["cores"] >= 1
     assert [path.name for path in tmp_path.iterdir()] == ["sample.json"]
+
+
+def test_the_page_of_figures_names_each_miss_and_what_was_not_measured(tmp_path: Path) -> None:
+    record = Record("handoff")
+    record.ratio("shared memory", [1.0, 1.0], [4.0, 4.0], Goal(0.5))
+    record.value("socket", "GB/s", [1.25])
+    record.write(tmp_path)
+    told = "\n".join(report.page(tmp_path)).split("## ")
+    handoff = next(part for part in told if part.startswith("handoff"))
+    assert "| shared memory | 0.25 x | 0.25 to 0.25 | >= 0.5 | **missed** |" in handoff
+    assert "| socket | 1.25 GB/s |  |  |  |" in handoff
+    assert next(part for part in told if part.startswith("engines")).endswith("Not measured.\n\n")
