@@ -13,7 +13,7 @@ from cache_tiers.kv_events import KvEventPublisher
 from cache_tiers.manager import TierManager
 from pdserve.config import CacheConfig
 from pdserve.engine.memory import PoolMemory
-from pdserve.types import Fingerprint, Tier, TierBlocks
+from pdserve.types import Fingerprint, Tier, TierBlocks, TierReach
 from pdserve.worker.boot import WorkerBoot
 from pdserve.worker.core import Ports
 
@@ -46,6 +46,7 @@ class WorkerCaches:
             kv_events=publisher,
             degraded=self._degraded,
             tier_blocks=self._tier_blocks,
+            tier_reach=self._tier_reach,
             clear_tiers=self._clear,
             kv_events_address=publisher.address if publisher else "",
             kv_replay_address=publisher.replay_address if publisher else "",
@@ -62,6 +63,9 @@ class WorkerCaches:
 
     def _tier_blocks(self) -> TierBlocks:
         return self._manager.blocks() if self._manager is not None else TierBlocks()
+
+    def _tier_reach(self) -> TierReach:
+        return self._manager.reach() if self._manager is not None else TierReach()
 
     def _clear(self, tiers: Sequence[Tier]) -> Mapping[Tier, int]:
         return self._manager.clear(tiers) if self._manager is not None else {}

@@ -26,6 +26,7 @@ from cache_tiers.kv_subscriber import KvEventSubscriber
 from cache_tiers.kv_wire import END_SEQ, TOPIC, KvEvent, decode_seq, encode_batch, encode_seq
 from pdserve.engine.api import Cleared
 from pdserve.errors import ConfigError, ProtocolError
+from pdserve.faults import Step, board
 
 __all__ = ["TOPIC", "KvEventPublisher", "KvEventSubscriber", "PublisherStats"]
 
@@ -170,6 +171,7 @@ class KvEventPublisher:
                 self._bad_requests += 1
                 continue
             client = frames[0]
+            board.hit(Step.KV_REPLAY)
             self._replays += 1
             for seq, payload in self._log.since(first, time.time()):
                 self._router.send_multipart([client, b"", self._topic, encode_seq(seq), payload])

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
+import time
 from dataclasses import dataclass, replace
 
 import zmq
@@ -81,6 +82,7 @@ class KvEventSubscriber:
         self._retry_s = retry_s
         self._next = 0  # the number that is to be applied next
         self._blind = True
+        self._sure_at = time.monotonic()  # when the view was last known to be complete
         self._live = asyncio.Event()
         self._stats = SubscriberStats()
         self._dealer: zmq.asyncio.Socket | None = None
@@ -90,6 +92,13 @@ class KvEventSubscriber:
     def blind(self) -> bool:
         """Whether the index knows nothing of this worker."""
         return self._blind
+
+    def unsure_s(self) -> float:
+        """Seconds since the view was last known to be complete, or since it was opened.
+
+        Below ``quiet_s`` and the time of a replay while all is well.
+        """
+        return time.monotonic() - self._sure_at
 
     def stats(self) -> SubscriberStats:
         return self._stats
@@ -168,6 +177,7 @@ class KvEventSubscriber:
             self._count(duplicates=1)
             return
         self._apply(seq, self._decode(frames[2]))
+        self._sure_at = time.monotonic()
 
     def _go_blind(self, why: str) -> None:
         if not self._blind:
@@ -224,6 +234,7 @@ class KvEventSubscriber:
                 self._count(bad_messages=1)
                 continue
             if frames[2] == END_SEQ:
+                self._sure_at = time.monotonic()
                 return _Replay.COMPLETE
             events = self._decode(frames[3])
             # A batch that starts with "cleared" stands for all before it.

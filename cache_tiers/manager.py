@@ -31,7 +31,15 @@ from pdserve.config import CacheConfig
 from pdserve.engine.api import TierRead, TierReadDone, WriteBack
 from pdserve.errors import TierError
 from pdserve.telemetry.timeline import Phase
-from pdserve.types import BlockKey, Fingerprint, Incarnation, Tier, TierBlocks
+from pdserve.types import (
+    BlockKey,
+    Fingerprint,
+    Incarnation,
+    Reach,
+    Tier,
+    TierBlocks,
+    TierReach,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +83,8 @@ class TierManager:
         self._span = span
         self._span_bytes = span_bytes
         self._complaints: list[str] = []
+        self._wanted_host = config.host.bytes_max > 0
+        self._wanted_redis = bool(redis_url)
         self._host = self._open_host(config, span_bytes, incarnation)
         self._redis = self._open_redis(config, redis_url, span_bytes, fingerprint, incarnation)
         self._fence = ForgetFence()
@@ -133,6 +143,15 @@ class TierManager:
         """What does not work, for heartbeats; empty when all does."""
         health = self._redis.health() if self._redis is not None else ""
         return "; ".join([*self._complaints, *([health] if health else [])])
+
+    def reach(self) -> TierReach:
+        """Whether what the configuration asks for ever worked, for heartbeats."""
+        host, redis = Reach.OFF, Reach.OFF
+        if self._wanted_host:
+            host = Reach.NEVER if self._host is None else Reach.REACHED
+        if self._wanted_redis:
+            redis = Reach.NEVER if self._redis is None else self._redis.reach()
+        return TierReach(host, redis)
 
     def stats(self) -> ManagerStats:
         wanted, hits = self._read_path.counts()

@@ -25,6 +25,7 @@ from cache_tiers.breaker import Breaker, BreakerState, Permit
 from cache_tiers.resp import Reply, ServerRefused, Wire, WireTimeout, raise_refusals
 from pdserve.config import RedisTierConfig
 from pdserve.errors import ConfigError, TierError
+from pdserve.types import Reach
 
 _CONNECTIONS_MAX = 8
 # Of one try, where somebody insists.
@@ -54,6 +55,7 @@ class RedisLink:
             for direction in Direction
         }
         self._errors = 0
+        self._reach = Reach.UNTRIED
         self._closed = threading.Event()
         # As of the last exchange:
         self._reachable = True
@@ -68,6 +70,11 @@ class RedisLink:
     def reachable(self) -> bool:
         with self._lock:
             return self._reachable
+
+    @property
+    def reach(self) -> Reach:
+        with self._lock:
+            return self._reach
 
     def health(self) -> str:
         """What does not work, in words; empty when all does."""
@@ -157,6 +164,10 @@ class RedisLink:
             self._errors += not worked
             # A server that refuses reads is no better than one that is gone.
             self._reachable = worked or (refused and writing)
+            if self._reachable:
+                self._reach = Reach.REACHED
+            elif self._reach is Reach.UNTRIED:
+                self._reach = Reach.NEVER
             if writing:
                 self._writes_refused = refused
 

@@ -33,7 +33,7 @@ from cache_tiers.redis_link import Direction, RedisLink
 from cache_tiers.resp import Wire, WireProtocol, command
 from pdserve.config import RedisTierConfig
 from pdserve.errors import ConfigError, TierError
-from pdserve.types import BlockKey, Fingerprint, Incarnation, Tier
+from pdserve.types import BlockKey, Fingerprint, Incarnation, Reach, Tier
 
 _CLEAR_S = 30.0
 _NAMES_PER_COMMAND = 512
@@ -201,6 +201,10 @@ class RedisTier:
     def refuses_writes(self) -> bool:
         """Whether a put right now would be refused without being tried."""
         return self._link.would_refuse(Direction.WRITE)
+
+    def reach(self) -> Reach:
+        """Whether the server ever did what it was asked."""
+        return self._link.reach
 
     def health(self) -> str:
         """What does not work, in words; empty when all does."""

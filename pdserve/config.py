@@ -184,7 +184,11 @@ class RouterConfig:
     prefix_load_weight: float = opt(
         1.0, "Policy prefix: waiting tokens that weigh as much as one cached token.", low=0
     )
-    strict: bool = opt(False, "Refuse (503) what would run without a prefill worker.")
+    strict: bool = opt(
+        False,
+        "Refuse (503) what would run without a prefill worker; not ready while KV does not move, "
+        "a tier never worked or KV events do not come.",
+    )
     request_timeout_s: float = opt(600.0, "Default deadline of a request.", low=1)
     max_requests: int = opt(1024, "Requests in flight; more are refused (429).", low=1)
     max_connections: int = opt(

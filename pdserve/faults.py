@@ -40,6 +40,7 @@ class Step(enum.Enum):
     DECODE_COMMIT = "decode.commit"  # all arrived, before they are handed to the engine
     DECODE_TOKENS = "decode.tokens"  # before tokens go to the router
     ENGINE_STEP = "engine.step"  # before a step is computed
+    KV_REPLAY = "kv_events.replay"  # before a worker's KV events are told again
     TRANSFER_SERVE = "transfer.serve"  # before requested blocks are sent
 
 

@@ -186,6 +186,21 @@ class WorkerFacts:
     kv_replay_address: str = ""
 
 
+class Reach(enum.Enum):
+    """Whether a worker's tier ever worked, since that worker started."""
+
+    OFF = "off"  # not asked for
+    UNTRIED = "untried"
+    NEVER = "never"  # tried, or refused at start
+    REACHED = "reached"  # at least once
+
+
+@dataclass(frozen=True, slots=True)
+class TierReach:
+    host: Reach = Reach.OFF
+    redis: Reach = Reach.OFF
+
+
 @dataclass(frozen=True, slots=True)
 class TierBlocks:
     """What a worker's tiers below its device pool hold, in blocks."""
@@ -210,6 +225,7 @@ class Load:
     draining: bool = False
     degraded: str = ""
     tiers: TierBlocks = TierBlocks()
+    reach: TierReach = TierReach()
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from pdserve.types import (
 )
 
 if TYPE_CHECKING:
+    from router.separation import Shortfall
     from router.timelines import Timeline
 
 
@@ -111,4 +112,8 @@ class Dispatcher(Protocol):
 
     def ready(self) -> tuple[bool, str]:
         """Whether a request went the whole way and still could; else the reason why not."""
+        ...
+
+    def shortfalls(self) -> tuple[Shortfall, ...]:
+        """What the cluster was asked for and does not do; in strict mode it is not ready then."""
         ...

@@ -13,6 +13,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
 
 from cache_tiers.keys import KeyMaker
 from pdserve.config import Config
@@ -39,10 +40,12 @@ from router.inbox import POKE, AttemptLost, Ended, Poke
 from router.kv_view import KvView
 from router.links import Links
 from router.placement import Ask, Placement, Rules, hope, place
+from router.readiness import Readiness
 from router.recovery import Failure, GiveUp, History, Limits, decide
 from router.registry import Registry
 from router.relay import relay
 from router.request_log import Accepted, RequestLog
+from router.separation import Shortfall
 from router.timelines import Timeline
 
 log = logging.getLogger(__name__)
@@ -67,6 +70,9 @@ class RequestDispatcher:
         self._config = config
         self._rules = Rules.of(config.router)
         self._limits = Limits.of(config.router)
+        # The self-test finds out what works, so it goes on where strict mode would stop.
+        self._test_rules = replace(self._rules, strict=False)
+        self._test_limits = replace(self._limits, strict=False)
         self._registry = registry
         self._links = links
         self._kv_view = kv_view
@@ -75,9 +81,9 @@ class RequestDispatcher:
         self._book = RequestBook(config.router.max_requests)
         self._budget: RecoveryBudget[RequestLog] = RecoveryBudget(config.router.recovery_share)
         self._turn = 0
-        self._readiness = (False, "no request has gone the whole way yet")
+        self.readiness = Readiness(registry, kv_view, config)
         self._stopping = False
-        # Set when a request failed in a way that readiness should be tested again for.
+        # Set when a request failed, or its KV did, in a way that is to be tested again.
         self.doubted = asyncio.Event()
         self._doubt = False
         registry.listen(self._leave_lost_readers)
@@ -93,10 +99,13 @@ class RequestDispatcher:
     def ready(self) -> tuple[bool, str]:
         if self._stopping:
             return False, "the router is stopping"
-        proven, why = self._readiness
-        if not proven:
-            return False, why
+        judgement = self.readiness.judge()
+        if not judgement.ready:
+            return False, judgement.reason
         return self.servable()
+
+    def shortfalls(self) -> tuple[Shortfall, ...]:
+        return self.readiness.judge().shortfalls
 
     def servable(self) -> tuple[bool, str]:
         """Whether a request of one token could be placed at this moment."""
@@ -109,10 +118,6 @@ class RequestDispatcher:
         except PdserveError as error:
             return False, str(error)
         return True, ""
-
-    def set_readiness(self, proven: bool, why: str) -> None:
-        """The self-test's verdict (router/selftest.py)."""
-        self._readiness = (proven, why)
 
     def check_room(self, coming: int, prepared: int) -> None:
         if self._stopping:
@@ -167,6 +172,8 @@ class RequestDispatcher:
                     items = await request.inbox.take()
                     relayed = relay(request, items, self.counters)
                     if relayed.finish is not None:
+                        if history.prefill_given_up and not force_pair:
+                            self._raise_doubt()
                         yield self._finish(request, relayed.accepted, relayed.finish)
                         return
                     if relayed.accepted:
@@ -174,7 +181,8 @@ class RequestDispatcher:
                         yield request.delta(relayed.accepted, None)
                     failure, parked = relayed.failure, relayed.parked
                 if failure is not None:
-                    history = await self._recover(request, history, failure)
+                    limits = self._test_limits if force_pair else self._limits
+                    history = await self._recover(request, history, failure, limits)
                 else:
                     self._lose(request, "parked")
         except PdserveError as error:
@@ -213,6 +221,7 @@ class RequestDispatcher:
         its client can still go elsewhere.
         """
         timers = self._config.timers
+        rules = self._test_rules if force_pair else self._rules
         request.timeline.enter(PhaseName.PLACE)
         patience = timers.start_timeout_s if request.attempts else timers.dead_after_s
         give_up = time.monotonic() + patience
@@ -221,13 +230,13 @@ class RequestDispatcher:
             ask = None
             try:
                 ask = self._ask(request, history, force_pair)
-                return place(self._registry.snapshot(), ask, self._rules)
+                return place(self._registry.snapshot(), ask, rules)
             except NoWorker:
                 left = give_up - time.monotonic()
                 restarts = self._config.pools.restart_workers
                 if ask is None or left <= 0:
                     raise
-                if not hope(self._registry.snapshot(), ask, self._rules, restarts):
+                if not hope(self._registry.snapshot(), ask, rules, restarts):
                     raise
                 await self._pause(request, left)
 
@@ -321,12 +330,14 @@ class RequestDispatcher:
             attempt.end()
             self._links.cancel_attempt(attempt.placement.decode.facts, attempt.id)
 
-    async def _recover(self, request: RequestLog, history: History, failure: Failure) -> History:
+    async def _recover(
+        self, request: RequestLog, history: History, failure: Failure, limits: Limits
+    ) -> History:
         """Decides between another attempt and the end; raises for the latter."""
         self.counters.attempts_failed += 1
         self._recovered(request)
         self._lose(request, failure.error.code)
-        decision = decide(history, failure, self._limits)
+        decision = decide(history, failure, limits)
         if isinstance(decision, GiveUp):
             raise decision.error
         log.warning(
@@ -348,8 +359,11 @@ class RequestDispatcher:
         request.fail()
         log.info("request %s failed: %s: %s", request.job.request_id, error.code, error)
         if not own and not isinstance(error, _NO_DOUBT):
-            self._doubt = True
-            self.doubted.set()
+            self._raise_doubt()
+
+    def _raise_doubt(self) -> None:
+        self._doubt = True
+        self.doubted.set()
 
     def _lose(self, request: RequestLog, why: str) -> None:
         self._drop_attempt(request)

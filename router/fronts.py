@@ -20,6 +20,7 @@ from router.boot import RouterBoot
 from router.grpc_front import GrpcFront, start_grpc
 from router.http_front import HttpFront, start_http
 from router.model_files import load_model
+from router.separation import Cause
 from router.service import Service
 from router.timelines import Timelines
 from router.tokens import TokenService
@@ -93,6 +94,7 @@ async def start_fronts(
         CollectorRegistry(), model.name, max_model_len=max(1, model.max_model_len)
     )
     metrics.watch_workers(dispatcher.workers)
+    metrics.watch_shortfalls(lambda: _causes(dispatcher))
     if counters is not None:
         metrics.watch_counters(counters)
     exporter = open_exporter(config.telemetry.traces)
@@ -113,3 +115,9 @@ async def start_fronts(
             exporter.close()
         raise
     return Fronts(http, grpc, tokens, dispatcher, exporter)
+
+
+def _causes(dispatcher: Dispatcher) -> dict[str, bool]:
+    """Every cause of a shortfall, and whether there is one now."""
+    found = {one.cause for one in dispatcher.shortfalls()}
+    return {cause.value: cause in found for cause in Cause}

@@ -84,6 +84,7 @@ class LiveHandlers:
             "numerics": "" if model is None else model.numerics.value,
             "ready": ready,
             "reason": reason,
+            "shortfalls": [one.text for one in service.dispatcher.shortfalls()],
             "interval_s": INTERVAL_S,
             "history_s": HISTORY_S,
             "latency_s": LATENCY_S,

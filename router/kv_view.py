@@ -66,6 +66,18 @@ class KvView:
                 found[source.facts.id] = have
         return found
 
+    def unheard_s(self) -> Mapping[WorkerId, float]:
+        """Seconds since each worker's events were last known to be complete; see KvEventSubscriber.
+
+        Infinity for one that publishes none though it should; empty where events are off.
+        """
+        if not self._events:
+            return {}
+        return {
+            source.facts.id: math.inf if source.subscriber is None else source.subscriber.unsure_s()
+            for source in self._sources.values()
+        }
+
     def note(self, facts: WorkerFacts, keys: Sequence[BlockKey]) -> None:
         """This incarnation finished a request with these blocks."""
         source = self._sources.get(facts.incarnation)

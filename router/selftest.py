@@ -8,7 +8,9 @@ cannot be written without it. It is repeated when another model appears, when th
 worker joins a cluster that was proven without one, when no decoding worker is left of those that
 were there, and when a client's request failed by a fault of ours: a worker may be up and wedged.
 
-KV that does not move is said loudly; in strict mode the router then stays unready.
+KV that does not move is said loudly, and tried again until it does; in strict mode the router is
+unready meanwhile (router/readiness.py). So a request that a decode worker had to read by
+itself, its prefill workers having failed, is followed by a test, too.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ import os
 import time
 from dataclasses import dataclass
 
-from pdserve.config import Config
 from pdserve.errors import Overloaded, PdserveError
 from pdserve.types import (
     Fingerprint,
@@ -56,10 +57,10 @@ class Proof:
 class SelfTest:
     """Runs for the router's whole life, as one task. Event loop only."""
 
-    def __init__(self, dispatcher: RequestDispatcher, registry: Registry, config: Config) -> None:
+    def __init__(self, dispatcher: RequestDispatcher, registry: Registry) -> None:
         self._dispatcher = dispatcher
+        self._readiness = dispatcher.readiness
         self._registry = registry
-        self._strict = config.router.strict
         self._proof: Proof | None = None
         self._changed = dispatcher.doubted
         self._unlisten = registry.listen(self._follow)
@@ -83,7 +84,9 @@ class SelfTest:
         proof = self._proof
         if proof is not None and proof.decoders.isdisjoint(self._decoders()):
             self._proof = None
-            self._dispatcher.set_readiness(False, "the workers that were tested are gone")
+            self._readiness.proved(False, "the workers that were tested are gone")
+        if (model := self._registry.model()) is None or not self._pairs(model):
+            self._readiness.kv_moved("")
         self._changed.set()
 
     def _decoders(self) -> frozenset[Incarnation]:
@@ -125,16 +128,18 @@ class SelfTest:
             log.error("%s", reason)
             if not isinstance(error, Overloaded):
                 self._proof = None
-                self._dispatcher.set_readiness(False, reason)
+                self._readiness.proved(False, reason)
             return False
         moved = usage.kv_bytes_transferred > 0
         self._proof = Proof(model.fingerprint, moved, self._decoders())
         if pairs and not moved:
-            reason = f"KV does not move between workers: {usage.kv_skipped_reason or 'unknown'}"
-            log.error("%s", reason)
-            self._dispatcher.set_readiness(not self._strict, reason)
+            reason = usage.kv_skipped_reason or "unknown"
+            log.error("KV does not move between workers: %s", reason)
+            self._readiness.kv_moved(reason)
+            self._readiness.proved(True, "")
             return False
-        self._dispatcher.set_readiness(True, "")
+        self._readiness.kv_moved("")
+        self._readiness.proved(True, "")
         log.info(
             "self-test passed: prompt read by %s, %d KV bytes moved%s, answer written by %s",
             usage.prefill_worker or usage.decode_worker,

@@ -79,7 +79,7 @@ class RouterServer:
         self._fronts = await start_fronts(
             self._boot, self.dispatcher, counters=self.dispatcher.counters.read
         )
-        selftest = SelfTest(self.dispatcher, self._registry, self._boot.config)
+        selftest = SelfTest(self.dispatcher, self._registry)
         self._selftest = asyncio.create_task(selftest.run(), name="self-test")
         self._tasks = [
             self._selftest,

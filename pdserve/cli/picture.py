@@ -39,6 +39,8 @@ def picture(now: Now, width: int, trouble: str = "") -> RenderableType:
     parts: list[RenderableType] = [_head(now)]
     if trouble:
         parts.append(Text(trouble, style="bold red"))
+    if now.ready:  # else the reason says so already
+        parts += [Text(f"degraded: {text}", style="yellow") for text in now.shortfalls]
     parts += [
         Text(f"{one.id} is degraded: {one.degraded}", style="yellow")
         for one in now.workers

@@ -79,6 +79,7 @@ class Now(msgspec.Struct, frozen=True):
     numerics: str
     ready: bool
     reason: str  # empty while ready
+    shortfalls: tuple[str, ...]  # what the cluster was asked for and does not do
     headline: Rates
     pools: tuple[Pool, ...]
     workers: tuple[Worker, ...]

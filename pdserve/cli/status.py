@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pdserve.cli.options import find_fronts
@@ -28,7 +28,7 @@ def run(parsed: argparse.Namespace) -> int:
     if parsed.json:
         print(json.dumps({"workers": router_view.workers(access)}, indent=2))
     elif parsed.once or not _can_redraw():
-        print(table(router_view.workers(access)))
+        print(table(router_view.workers(access), lacking(router_view.live(access))))
     else:
         _watch(access)
     return 0
@@ -64,7 +64,14 @@ def _watch(access: Access) -> None:
         return
 
 
-def table(workers: list[dict[str, Any]]) -> str:
+def lacking(live: Mapping[str, Any]) -> list[str]:
+    """What keeps the cluster from being ready, or else what it falls short of."""
+    if not live.get("ready", False):
+        return [f"not ready: {live.get('reason') or 'it does not say why'}"]
+    return [f"degraded: {text}" for text in live.get("shortfalls", ())]
+
+
+def table(workers: list[dict[str, Any]], lacking: Sequence[str] = ()) -> str:
     """One line a worker under one line of headings, then what does not work as it should."""
     rows = [[*_COLUMNS, "blocks used+cached/total"], *(_row(worker) for worker in workers)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -72,7 +79,7 @@ def table(workers: list[dict[str, Any]]) -> str:
     lines += [
         f"{one.get('id')} is degraded: {one['degraded']}" for one in workers if one.get("degraded")
     ]
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join(line.rstrip() for line in [*lines, *lacking])
 
 
 def _row(worker: Mapping[str, Any]) -> list[str]:

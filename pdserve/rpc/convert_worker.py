@@ -16,8 +16,10 @@ from pdserve.types import (
     Load,
     ModelFacts,
     Numerics,
+    Reach,
     Role,
     TierBlocks,
+    TierReach,
     WorkerFacts,
     WorkerId,
 )
@@ -31,6 +33,13 @@ _ROLE_TO: Mapping[Role, worker_pb2.WorkerRole] = {
     Role.MIXED: worker_pb2.WORKER_ROLE_MIXED,
 }
 _ROLE_FROM: Mapping[int, Role] = {number: role for role, number in _ROLE_TO.items()}
+_REACH_TO: Mapping[Reach, worker_pb2.TierReach] = {
+    Reach.OFF: worker_pb2.TIER_REACH_OFF,
+    Reach.UNTRIED: worker_pb2.TIER_REACH_UNTRIED,
+    Reach.NEVER: worker_pb2.TIER_REACH_NEVER,
+    Reach.REACHED: worker_pb2.TIER_REACH_REACHED,
+}
+_REACH_FROM: Mapping[int, Reach] = {number: reach for reach, number in _REACH_TO.items()}
 _NUMERICS: Mapping[str, Numerics] = {numerics.value: numerics for numerics in Numerics}
 
 
@@ -153,6 +162,8 @@ def heartbeat_to_proto(incarnation: Incarnation, load: Load) -> worker_pb2.Heart
         host_blocks=load.tiers.host,
         host_blocks_total=load.tiers.host_total,
         redis_blocks_written=load.tiers.redis_written,
+        host_reach=_REACH_TO[load.reach.host],
+        redis_reach=_REACH_TO[load.reach.redis],
     )
 
 
@@ -173,7 +184,18 @@ def heartbeat_from_proto(message: worker_pb2.Heartbeat) -> tuple[Incarnation, Lo
             host_total=message.host_blocks_total,
             redis_written=message.redis_blocks_written,
         ),
+        reach=TierReach(
+            host=_reach(message.host_reach, "heartbeat.host_reach"),
+            redis=_reach(message.redis_reach, "heartbeat.redis_reach"),
+        ),
     )
+
+
+def _reach(number: int, name: str) -> Reach:
+    reach = _REACH_FROM.get(number)
+    if reach is None:
+        raise ProtocolError(f"{name}: {number} is none that we know")
+    return reach
 
 
 def _incarnation(raw: bytes, name: str) -> Incarnation:

@@ -104,6 +104,30 @@ def _usage(load: Load) -> float:
     return load.blocks_used / load.blocks_total if load.blocks_total else 0.0
 
 
+class ShortfallCollector(Collector):
+    """What the cluster was asked for and does not do; every cause has a series."""
+
+    def __init__(
+        self, read: Callable[[], Mapping[str, bool]], model_name: str, prefix: str
+    ) -> None:
+        self._read = read
+        self._model = model_name
+        self._prefix = prefix
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        family = GaugeMetricFamily(
+            self._prefix + "shortfall",
+            "1 while the cluster does not do what it was asked for; /live.json says why.",
+            labels=("model_name", "cause"),
+        )
+        for cause, found in self._read().items():
+            family.add_metric((self._model, cause), found)
+        yield family
+
+
 class CounterCollector(Collector):
     """Rising counts that somebody else owns."""
 

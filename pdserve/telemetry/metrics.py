@@ -3,7 +3,7 @@
 timer = metrics.request_started();  timer.tokens(n)...;  timer.finished(reason, usage)
                                                       |  timer.failed(code)
 metrics.rejected(code, seconds)             a request that was never accepted
-metrics.watch_workers(read), .watch_counters(read)    read at each scrape
+metrics.watch_workers(read), .watch_shortfalls(read), .watch_counters(read)   read at each scrape
 metrics.render()                            -> body and content type
 metrics.totals()                            -> the same as plain numbers, for the live page
 
@@ -28,7 +28,12 @@ from prometheus_client import (
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.openmetrics import exposition as openmetrics
 
-from pdserve.telemetry.collectors import CounterCollector, WorkerCollector, WorkerLike
+from pdserve.telemetry.collectors import (
+    CounterCollector,
+    ShortfallCollector,
+    WorkerCollector,
+    WorkerLike,
+)
 from pdserve.telemetry.totals import SERIES, Totals, read_totals
 from pdserve.types import FinishReason, Tier, Usage
 
@@ -178,6 +183,10 @@ class RouterMetrics:
     def watch_workers(self, read: Callable[[], Sequence[WorkerLike]]) -> None:
         """``read``: the registry's snapshot, e.g. Dispatcher.workers."""
         self._registry.register(WorkerCollector(read, self._model, PREFIX))
+
+    def watch_shortfalls(self, read: Callable[[], Mapping[str, bool]]) -> None:
+        """``read``: every cause by name, and whether the cluster falls short by it now."""
+        self._registry.register(ShortfallCollector(read, self._model, PREFIX))
 
     def watch_counters(self, read: Callable[[], Mapping[str, int]]) -> None:
         """``read``: rising counts by name; each becomes ``pdserve:router_<name>_total``."""

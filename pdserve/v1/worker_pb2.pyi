@@ -16,6 +16,13 @@ class WorkerRole(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     WORKER_ROLE_DECODE: _ClassVar[WorkerRole]
     WORKER_ROLE_MIXED: _ClassVar[WorkerRole]
 
+class TierReach(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    TIER_REACH_OFF: _ClassVar[TierReach]
+    TIER_REACH_UNTRIED: _ClassVar[TierReach]
+    TIER_REACH_NEVER: _ClassVar[TierReach]
+    TIER_REACH_REACHED: _ClassVar[TierReach]
+
 class WorkerDuty(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     WORKER_DUTY_UNSPECIFIED: _ClassVar[WorkerDuty]
@@ -26,6 +33,10 @@ WORKER_ROLE_UNSPECIFIED: WorkerRole
 WORKER_ROLE_PREFILL: WorkerRole
 WORKER_ROLE_DECODE: WorkerRole
 WORKER_ROLE_MIXED: WorkerRole
+TIER_REACH_OFF: TierReach
+TIER_REACH_UNTRIED: TierReach
+TIER_REACH_NEVER: TierReach
+TIER_REACH_REACHED: TierReach
 WORKER_DUTY_UNSPECIFIED: WorkerDuty
 WORKER_DUTY_SERVE: WorkerDuty
 WORKER_DUTY_DRAIN: WorkerDuty
@@ -82,7 +93,7 @@ class WatchRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Heartbeat(_message.Message):
-    __slots__ = ("incarnation", "engine_steps", "work_pending", "running", "waiting", "blocks_used", "blocks_cached", "blocks_total", "draining", "waiting_tokens", "degraded", "host_blocks", "host_blocks_total", "redis_blocks_written")
+    __slots__ = ("incarnation", "engine_steps", "work_pending", "running", "waiting", "blocks_used", "blocks_cached", "blocks_total", "draining", "waiting_tokens", "degraded", "host_blocks", "host_blocks_total", "redis_blocks_written", "host_reach", "redis_reach")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ENGINE_STEPS_FIELD_NUMBER: _ClassVar[int]
     WORK_PENDING_FIELD_NUMBER: _ClassVar[int]
@@ -97,6 +108,8 @@ class Heartbeat(_message.Message):
     HOST_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     HOST_BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     REDIS_BLOCKS_WRITTEN_FIELD_NUMBER: _ClassVar[int]
+    HOST_REACH_FIELD_NUMBER: _ClassVar[int]
+    REDIS_REACH_FIELD_NUMBER: _ClassVar[int]
     incarnation: bytes
     engine_steps: int
     work_pending: bool
@@ -111,7 +124,9 @@ class Heartbeat(_message.Message):
     host_blocks: int
     host_blocks_total: int
     redis_blocks_written: int
-    def __init__(self, incarnation: _Optional[bytes] = ..., engine_steps: _Optional[int] = ..., work_pending: _Optional[bool] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., blocks_used: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., blocks_total: _Optional[int] = ..., draining: _Optional[bool] = ..., waiting_tokens: _Optional[int] = ..., degraded: _Optional[str] = ..., host_blocks: _Optional[int] = ..., host_blocks_total: _Optional[int] = ..., redis_blocks_written: _Optional[int] = ...) -> None: ...
+    host_reach: TierReach
+    redis_reach: TierReach
+    def __init__(self, incarnation: _Optional[bytes] = ..., engine_steps: _Optional[int] = ..., work_pending: _Optional[bool] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., blocks_used: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., blocks_total: _Optional[int] = ..., draining: _Optional[bool] = ..., waiting_tokens: _Optional[int] = ..., degraded: _Optional[str] = ..., host_blocks: _Optional[int] = ..., host_blocks_total: _Optional[int] = ..., redis_blocks_written: _Optional[int] = ..., host_reach: _Optional[_Union[TierReach, str]] = ..., redis_reach: _Optional[_Union[TierReach, str]] = ...) -> None: ...
 
 class CheckIdleRequest(_message.Message):
     __slots__ = ()

@@ -21,7 +21,7 @@ from pdserve.engine import api
 from pdserve.engine.build import build_engine
 from pdserve.errors import PdserveError
 from pdserve.telemetry.log_service import LoggingService
-from pdserve.types import ID_BYTES, Incarnation, Load, TierBlocks, WorkerFacts
+from pdserve.types import ID_BYTES, Incarnation, Load, TierBlocks, TierReach, WorkerFacts
 from pdserve.v1 import admin_pb2_grpc, worker_pb2_grpc
 from pdserve.worker.boot import WorkerBoot
 from pdserve.worker.bridge import EngineBridge, KvEventPort, TierPort
@@ -42,6 +42,7 @@ class Ports:
     kv_events: KvEventPort | None
     degraded: Callable[[], str]
     tier_blocks: Callable[[], TierBlocks]
+    tier_reach: Callable[[], TierReach]
     clear_tiers: ClearTiers
     kv_events_address: str = ""
     kv_replay_address: str = ""
@@ -130,6 +131,7 @@ class WorkerCore:
             draining=self.draining,
             degraded=self._ports.degraded(),
             tiers=self._ports.tier_blocks(),
+            reach=self._ports.tier_reach(),
         )
 
     def drain(self, drain_s: float, busy: Callable[[], bool]) -> None:

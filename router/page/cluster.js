@@ -13,8 +13,17 @@ export function showCluster(now) {
   ready.className = `badge ${now.ready ? "good" : "bad"}`;
   ready.title = now.reason;
   setText(ready, now.ready ? "ready" : `not ready: ${now.reason}`);
+  showShortfalls(now);
   showTiles(now);
   showTiers(now);
+}
+
+// What the cluster was asked for and does not do; while it is not ready, that is the reason already.
+function showShortfalls(now) {
+  const found = now.ready ? now.shortfalls : [];
+  const notice = byId("shortfalls");
+  notice.hidden = found.length === 0;
+  setText(notice, `Degraded: ${found.join("; ")}`);
 }
 
 // ---- headline -----------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from cache_tiers.fence import ForgetFence
 from cache_tiers.write_path import WriteLimits
 from pdserve.engine.api import TierReadDone, Unpin
 from pdserve.errors import TierError
-from pdserve.types import Incarnation, Tier, TierBlocks
+from pdserve.types import Incarnation, Reach, Tier, TierBlocks, TierReach
 
 H, R = Tier.HOST, Tier.REDIS
 
@@ -94,12 +94,15 @@ def test_a_dead_redis_is_a_miss_and_says_so_and_comes_back(
     world = open_world(worlds, real_redis.url, host=2)
     keys = new_keys(5)
     world.write(keys)
+    assert world.manager.quiesce(5)
+    assert world.manager.reach().redis is Reach.REACHED
     real_redis.kill()
     for _ in range(5):
         assert world.read(keys) == [H] * 2
         world.write(new_keys(1))
         world.write(keys[:2])
     assert world.manager.degraded() == "redis unreachable"
+    assert world.manager.reach().redis is Reach.REACHED, "once is enough"
     real_redis.start()
     deadline = time.monotonic() + 5
     while world.manager.degraded():
@@ -147,6 +150,19 @@ def test_a_worker_with_nothing_to_write_hears_that_writes_are_taken_again(
     assert stats.stored == 1, "it was tried with a value"
 
 
+def test_a_redis_that_never_answered_is_told_from_one_that_did(
+    real_redis: RealRedis, worlds: list[World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = open_world(worlds, real_redis.url)
+    assert world.manager.reach() == TierReach(Reach.OFF, Reach.UNTRIED)
+    real_redis.kill()
+    world.read(new_keys(2))
+    assert world.manager.reach() == TierReach(Reach.OFF, Reach.NEVER)
+    real_redis.start()
+    world.read(new_keys(2))
+    assert world.manager.reach() == TierReach(Reach.OFF, Reach.REACHED)
+
+
 def test_a_stopped_redis_holds_no_block_and_no_read_for_long(
     real_redis: RealRedis, worlds: list[World]
 ) -> None:
@@ -172,6 +188,7 @@ def test_a_block_too_large_for_redis_turns_that_tier_off_and_says_so(
     world.write(keys)
     assert world.read(keys) == [H, H]
     assert "redis tier off" in world.manager.degraded()
+    assert world.manager.reach() == TierReach(Reach.REACHED, Reach.NEVER)
 
 
 def test_a_pool_that_breaks_ends_the_job_all_the_same(worlds: list[World]) -> None:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from pdserve.cli import snapshot
 from pdserve.cli.picture import picture
-from pdserve.cli.status import table
+from pdserve.cli.status import lacking, table
 from pdserve.errors import WorkerLost
 
 URL = "http://127.0.0.1:1"
@@ -36,6 +36,7 @@ def moment(**changed: Any) -> dict[str, Any]:
         "numerics": "fast",
         "ready": True,
         "reason": "",
+        "shortfalls": [],
         "headline": rates | {"first_token": QUANTILES, "inter_token": QUANTILES},
         "pools": [{"role": "prefill", "workers": 1, "ready": 1, **LOAD}],
         "workers": [worker("prefill-0", "starting"), worker("decode-10", "draining")],
@@ -94,6 +95,17 @@ def test_what_is_wrong_stands_above_the_tables_and_is_no_markup() -> None:
     assert lines[1] == "the router is gone"
     assert lines[2] == "decode-0 is degraded: Redis [bold]refuses[/bold] writes"
     assert table([broken]).splitlines()[-1] == lines[2]
+
+
+def test_what_the_cluster_falls_short_of_is_told_once() -> None:
+    why = "KV does not move between workers: prefill_failed"
+    assert draw(80, shortfalls=[why])[1] == f"degraded: {why}"
+    unready = draw(120, shortfalls=[why], ready=False, reason=why)
+    assert [line for line in unready if why in line] == unready[:1]
+    assert lacking(moment(shortfalls=[why])) == [f"degraded: {why}"]
+    assert lacking(moment(shortfalls=[why], ready=False, reason=why)) == [f"not ready: {why}"]
+    assert lacking(moment()) == []
+    assert table([], lacking(moment(shortfalls=[why]))).splitlines()[-1] == f"degraded: {why}"
 
 
 def test_an_idle_cluster_without_workers_can_be_drawn() -> None:

@@ -46,6 +46,7 @@ from pdserve.types import (
 from router.api import Delta, Job, WorkerView
 from router.boot import RouterBoot
 from router.fronts import start_fronts
+from router.separation import Shortfall
 from router.timelines import Timeline
 
 SERVED = "tiny"
@@ -133,6 +134,7 @@ class ScriptedDispatcher:
         self.stop_ids_end = True
         self.fail_after: dict[int, PdserveError] = {}  # tokens made -> error, each used once
         self.is_ready: tuple[bool, str] = (True, "")
+        self.lacks: tuple[Shortfall, ...] = ()
         self.places: int | None = None
         self.facts: ModelFacts | None = ModelFacts(
             path="tiny",
@@ -158,6 +160,9 @@ class ScriptedDispatcher:
 
     def ready(self) -> tuple[bool, str]:
         return self.is_ready
+
+    def shortfalls(self) -> tuple[Shortfall, ...]:
+        return self.lacks
 
     def workers(self) -> tuple[WorkerView, ...]:
         assert self.facts is not None

@@ -17,7 +17,7 @@ from router.selftest import SelfTest
 
 @contextlib.asynccontextmanager
 async def self_testing(made: Core) -> AsyncIterator[None]:
-    task = asyncio.create_task(SelfTest(made.dispatcher, made.registry, made.config).run())
+    task = asyncio.create_task(SelfTest(made.dispatcher, made.registry).run())
     try:
         yield
     finally:

@@ -20,9 +20,11 @@ from pdserve.types import (
     Load,
     ModelFacts,
     Numerics,
+    Reach,
     Role,
     Sampling,
     TierBlocks,
+    TierReach,
     TokenLogprob,
     TokenOut,
     TopLogprob,
@@ -104,6 +106,7 @@ loads = st.builds(
     draining=st.booleans(),
     degraded=text,
     tiers=st.builds(TierBlocks, u32, u32, u64),
+    reach=st.builds(TierReach, st.sampled_from(Reach), st.sampled_from(Reach)),
 )
 usages = st.builds(
     Usage,

@@ -162,6 +162,14 @@ def test_workers_are_read_at_each_scrape(made: metrics.RouterMetrics) -> None:
     assert scrape(made)["workers", "decode", "ready"] == 0
 
 
+def test_every_cause_of_a_shortfall_has_a_series(made: metrics.RouterMetrics) -> None:
+    causes = {"kv_not_moved": False, "tier_unreached": True}
+    made.watch_shortfalls(lambda: causes)
+    found = scrape(made)
+    assert found["shortfall", "kv_not_moved"] == 0
+    assert found["shortfall", "tier_unreached"] == 1
+
+
 def test_counters_of_other_owners_are_served_too(made: metrics.RouterMetrics) -> None:
     counts = {"late_events": 0, "attempts": 7}
     made.watch_counters(lambda: counts)

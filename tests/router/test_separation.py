@@ -1,0 +1,149 @@
+"""What a cluster falls short of, by what was observed, and what strict mode makes of it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+from router_harness import Core, core, drive, settings, until
+from scripted_worker import facts
+
+from cache_tiers.kv_events import KvEventPublisher
+from pdserve.config import CacheConfig, TimersConfig
+from pdserve.faults import Action, Fault, Step, board
+from pdserve.types import Load, Reach, Role, Tier, TierReach, WorkerFacts, WorkerId
+from router.separation import Cause, Observed, Shortfall, TierReport, shortfalls
+
+P, D = WorkerId("prefill-0"), WorkerId("decode-0")
+
+
+def causes(found: tuple[Shortfall, ...]) -> list[Cause]:
+    return [one.cause for one in found]
+
+
+def test_nothing_asked_for_is_nothing_lacking() -> None:
+    assert shortfalls(Observed()) == ()
+    off = [TierReport(worker, tier, Reach.OFF) for worker in (P, D) for tier in Tier]
+    assert shortfalls(Observed(tiers=off)) == ()
+
+
+def test_each_reason_names_what_is_wrong_and_where() -> None:
+    seen = Observed(
+        unmoved="prefill_failed",
+        tiers=[
+            TierReport(P, Tier.REDIS, Reach.NEVER, "redis unreachable"),
+            TierReport(D, Tier.REDIS, Reach.UNTRIED),
+            TierReport(D, Tier.HOST, Reach.NEVER, "host tier off: one block has 9 bytes"),
+        ],
+        unheard_s={P: 3.0, D: 11.0},
+        unheard_limit_s=10.0,
+    )
+    found = shortfalls(seen)
+    assert [one.text for one in found] == [
+        "KV does not move between workers: prefill_failed",
+        "the host tier never worked: decode-0 (host tier off: one block has 9 bytes)",
+        "the redis tier never worked: prefill-0 (redis unreachable)",
+        "the KV events of decode-0 do not come",
+    ]
+    assert causes(found) == [
+        Cause.KV_NOT_MOVED,
+        Cause.TIER_UNREACHED,
+        Cause.TIER_UNREACHED,
+        Cause.EVENTS_UNHEARD,
+    ]
+
+
+def test_a_tier_that_anybody_ever_reached_is_no_longer_lacking() -> None:
+    for mine, other in itertools.product(Reach, repeat=2):
+        tiers = [TierReport(P, Tier.REDIS, mine), TierReport(D, Tier.REDIS, other)]
+        never = Reach.NEVER in (mine, other)
+        assert causes(shortfalls(Observed(tiers=tiers))) == [Cause.TIER_UNREACHED] * never
+        assert shortfalls(Observed(tiers=tiers, reached=frozenset({Tier.REDIS}))) == ()
+
+
+@pytest.mark.parametrize(
+    ("since", "lacking"), [(0.0, False), (10.0, False), (10.1, True), (math.inf, True)]
+)
+def test_events_are_missed_after_their_time(since: float, lacking: bool) -> None:
+    seen = Observed(unheard_s={D: since}, unheard_limit_s=10.0)
+    assert bool(shortfalls(seen)) is lacking
+
+
+# ---- the same through the router's own parts ----------------------------------------------------
+
+
+def proven(made: Core, *workers: WorkerFacts, load: Load | None = None) -> None:
+    """These workers are ready, and a request went the whole way."""
+    made.registry.set_workers(workers)
+    for worker in workers:
+        made.registry.heard(worker, load or Load())
+    made.dispatcher.readiness.proved(True, "")
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_only_strict_mode_is_unready_for_a_shortfall(strict: bool) -> None:
+    async def story() -> None:
+        async with core(settings(strict=strict)) as made:
+            bad = Load(reach=TierReach(redis=Reach.NEVER), degraded="redis unreachable")
+            workers = (facts("p0", Role.PREFILL), facts("d0"))
+            proven(made, *workers, load=bad)
+            text = "the redis tier never worked: d0 (redis unreachable), p0 (redis unreachable)"
+            assert [one.text for one in made.dispatcher.shortfalls()] == [text]
+            assert made.dispatcher.ready() == ((False, text) if strict else (True, ""))
+            # It is reached at last, and lost again later: then it is only slower.
+            good = Load(reach=TierReach(redis=Reach.REACHED))
+            made.registry.heard(workers[0], good)
+            assert made.dispatcher.ready() == (True, "")
+            made.registry.heard(workers[0], bad)
+            assert made.dispatcher.ready() == (True, "")
+
+    drive(story)
+
+
+def test_events_that_are_withheld_are_missed_and_forgiven_when_they_come() -> None:
+    async def story() -> None:
+        timers = TimersConfig(heartbeat_s=0.05, dead_after_s=2.6)
+        config = replace(settings(strict=True, timers=timers), cache=CacheConfig(kv_events=True))
+        publisher = KvEventPublisher("127.0.0.1")
+        try:
+            async with core(config) as made:
+                worker = replace(
+                    facts("d0"),
+                    kv_events_address=publisher.address,
+                    kv_replay_address=publisher.replay_address,
+                )
+                reader = replace(
+                    worker, id=P, role=Role.PREFILL, incarnation=facts("p0").incarnation
+                )
+                proven(made, worker, reader)
+
+                def beat() -> bool:
+                    for one in (worker, reader):
+                        made.registry.heard(one, Load())
+                    return made.dispatcher.ready()[0]
+
+                assert beat()
+                board.arm(Fault(Step.KV_REPLAY, Action.HANG, seconds=9.0))
+                await until(lambda: not beat())
+                assert "do not come" in made.dispatcher.ready()[1]
+                await until(beat)
+        finally:
+            board.clear()
+            publisher.close()
+
+    drive(story)
+
+
+def test_a_worker_that_publishes_no_events_is_missed_at_once_where_they_are_on() -> None:
+    async def story() -> None:
+        config = replace(settings(strict=True), cache=CacheConfig(kv_events=True))
+        async with core(config) as made:
+            proven(made, facts("d0"), facts("p0", Role.PREFILL))
+            assert made.dispatcher.ready() == (False, "the KV events of d0, p0 do not come")
+        async with core(settings(strict=True)) as made:
+            proven(made, facts("d0"), facts("p0", Role.PREFILL))
+            assert made.dispatcher.ready() == (True, "")
+
+    drive(story)
