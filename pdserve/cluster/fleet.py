@@ -170,7 +170,7 @@ class Fleet:
         while True:
             seen = {w: one for w, one in self._membership.seen.items() if w in workers}
             if (trouble := trouble_of(seen)) is not None:
-                raise trouble
+                raise trouble.error()
             if all_present(seen):
                 states = await asyncio.to_thread(self._states)
                 if all(states.get(worker) == "ready" for worker in workers):
