@@ -94,7 +94,7 @@ class RequestDispatcher:
         return self._registry.model()
 
     def workers(self) -> tuple[WorkerView, ...]:
-        return self._registry.snapshot()
+        return self._registry.everyone()
 
     def ready(self) -> tuple[bool, str]:
         if self._stopping:

@@ -7,6 +7,7 @@ start_fronts -> listening on both addresses -> close
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Mapping
 
@@ -87,9 +88,6 @@ async def start_fronts(
     keys = load_keys(config.security.api_key_files)
     tls = load_tls(config.security)
     model = load_model(boot.model_path, boot.served_name, config)
-    tokens = TokenService(model, config.router.tokenizer_threads)
-    if tokens.pieces is None:
-        log.warning("the model has no tokenizer.json: prompts and answers are token ids alone")
     metrics = RouterMetrics(
         CollectorRegistry(), model.name, max_model_len=max(1, model.max_model_len)
     )
@@ -97,23 +95,23 @@ async def start_fronts(
     metrics.watch_shortfalls(lambda: _causes(dispatcher))
     if counters is not None:
         metrics.watch_counters(counters)
-    exporter = open_exporter(config.telemetry.traces)
-    if exporter is not None:
-        metrics.watch_counters(exporter.counts)
-    tell = None if exporter is None else exporter.offer
-    timelines = Timelines(config.telemetry.timelines, tell)
-    service = Service(config.router, tokens, dispatcher, metrics, timelines)
-    http = None
-    try:
-        http = await start_http(service, keys, tls, shutdown_s=CLOSE_S)
-        grpc = await start_grpc(service, keys, tls)
-    except BaseException:
-        if http is not None:
-            await http.close()
-        tokens.close()
+    # What was opened is closed, last first, unless all of it opens.
+    async with contextlib.AsyncExitStack() as undo:
+        exporter = open_exporter(config.telemetry.traces)
         if exporter is not None:
-            exporter.close()
-        raise
+            undo.push_async_callback(asyncio.to_thread, exporter.close)
+            metrics.watch_counters(exporter.counts)
+        tokens = TokenService(model, config.router.tokenizer_threads)
+        undo.callback(tokens.close)
+        if tokens.pieces is None:
+            log.warning("the model has no tokenizer.json: prompts and answers are token ids alone")
+        tell = None if exporter is None else exporter.offer
+        timelines = Timelines(config.telemetry.timelines, tell)
+        service = Service(config.router, tokens, dispatcher, metrics, timelines)
+        http = await start_http(service, keys, tls, shutdown_s=CLOSE_S)
+        undo.push_async_callback(http.close)
+        grpc = await start_grpc(service, keys, tls)
+        undo.pop_all()
     return Fronts(http, grpc, tokens, dispatcher, exporter)
 
 

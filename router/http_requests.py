@@ -19,6 +19,8 @@ from router.http_errors import json_response
 from router.timelines import Timeline, Timelines
 
 _MS = 1e6
+# Of /requests: without a limit of the asker's, and with the largest.
+USUAL = 500
 MOST = 100_000
 
 
@@ -29,7 +31,7 @@ class RequestHandlers:
 
     async def requests(self, request: web.Request) -> web.Response:
         principal = self._keys.principal(request.headers.get("Authorization"))
-        limit = fields.digits("limit", request.query.get("limit", str(MOST)), 1, MOST)
+        limit = fields.digits("limit", request.query.get("limit", str(USUAL)), 1, MOST)
         newest = itertools.islice(self._timelines.newest(principal), limit)
         found = [summary(timeline) for timeline in newest]
         return json_response({"requests": found})

@@ -58,6 +58,9 @@ class Registry:
         self._work: dict[Incarnation, _Work] = {}
         self._listeners: list[Listener] = []
         self._snapshot: tuple[WorkerView, ...] | None = ()
+        self._plan: Mapping[WorkerId, Duty] = {}
+        # Planned ones that are dead for so long that nobody waits for their return.
+        self._lost: dict[WorkerId, WorkerView] = {}
         self._model: ModelFacts | None = None
         self._ticked_at = clock()
 
@@ -68,6 +71,12 @@ class Registry:
         if self._snapshot is None:
             self._snapshot = tuple(self._view(r) for _, r in sorted(self._records.items()))
         return self._snapshot
+
+    def everyone(self) -> tuple[WorkerView, ...]:
+        """The snapshot and, dead, those of the plan that have been gone for long."""
+        if not self._lost:
+            return self.snapshot()
+        return tuple(sorted((*self.snapshot(), *self._lost.values()), key=lambda v: v.facts.id))
 
     def model(self) -> ModelFacts | None:
         """The model of the group that requests are placed in; the last one while none lives."""
@@ -116,7 +125,7 @@ class Registry:
         ``plan``: who is to exist, and for what. Who is in neither is forgotten; without a plan
         nobody is, and all serve.
         """
-        plan = plan or {}
+        plan = self._plan = plan or {}
         now = self._clock()
         wanted = {facts.id: facts for facts in workers}
         changed = False
@@ -142,6 +151,7 @@ class Registry:
             )
             self._records[facts.id] = liveness.new_record(facts, now, duty)
             changed = True
+        self._lost = {w: v for w, v in self._lost.items() if w in plan and w not in wanted}
         if plan:
             for worker_id in self._records.keys() - plan.keys() - wanted.keys():
                 self._work.pop(self._records.pop(worker_id).facts.incarnation, None)
@@ -179,7 +189,9 @@ class Registry:
                 changed |= self._put(liveness.checked(record, now, self._timers))
             elif now - record.died_at > self._timers.start_timeout_s:
                 # Whoever waited for its return has given up by now.
-                del self._records[record.facts.id]
+                del self._records[worker_id]
+                if worker_id in self._plan:
+                    self._lost[worker_id] = self._view(record)
                 self._work.pop(record.facts.incarnation, None)
                 changed = True
         if changed:

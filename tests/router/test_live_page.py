@@ -17,6 +17,7 @@ from pdserve.config import SecurityConfig
 from pdserve.telemetry.metrics import RouterMetrics
 from pdserve.telemetry.totals import Buckets
 from pdserve.types import CachedTokens, FinishReason, Usage
+from router import http_requests
 from router.http_page import NAMES, load_page
 from router.recent import HISTORY_S, LATENCY_S, Recent
 
@@ -154,6 +155,10 @@ def test_the_list_of_requests_can_be_cut(world: World, limit: str) -> None:
     every = call(world.http, "GET", "/requests").json["requests"]
     cut = call(world.http, "GET", "/requests?limit=2").json["requests"]
     assert [r["request_id"] for r in cut] == [r["request_id"] for r in every[:2]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(http_requests, "USUAL", 2)
+        usual = call(world.http, "GET", "/requests").json["requests"]
+    assert [r["request_id"] for r in usual] == [r["request_id"] for r in every[:2]]
     refused = call(world.http, "GET", f"/requests?limit={limit}")
     assert (refused.status, refused.json["error"]["param"]) == (400, "limit")
 

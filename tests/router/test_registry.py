@@ -8,7 +8,7 @@ import pytest
 from scripted_worker import MODEL, facts
 
 from pdserve.config import TimersConfig
-from pdserve.types import Fingerprint, Incarnation, Load, Role, WorkerState
+from pdserve.types import Duty, Fingerprint, Incarnation, Load, Role, WorkerState
 from router.registry import Registry
 
 TIMERS = TimersConfig(heartbeat_s=1, dead_after_s=5, stuck_after_s=30, start_timeout_s=300)
@@ -133,6 +133,27 @@ def test_absent_workers_are_dead_for_good(scene: Scene) -> None:
     assert scene.registry.state(worker) is WorkerState.DEAD, "this incarnation was revoked"
     scene.pass_time(TIMERS.start_timeout_s + 2)
     assert scene.registry.snapshot() == ()
+
+
+def test_a_planned_worker_that_stays_away_is_shown_and_waited_for_by_nobody(scene: Scene) -> None:
+    worker, other = facts("d0"), facts("d1")
+    plan = {worker.id: Duty.SERVE, other.id: Duty.SERVE}
+    scene.registry.set_workers([worker, other], plan)
+    scene.registry.set_workers([other], plan)
+    scene.pass_time(TIMERS.start_timeout_s + 2)
+    assert [view.facts for view in scene.registry.snapshot()] == [other]
+    first, second = scene.registry.everyone()
+    assert (first.facts, first.state) == (worker, WorkerState.DEAD)
+    assert second.facts == other
+    back = replace(worker, incarnation=Incarnation(b"n" * 16))
+    scene.registry.set_workers([back, other], plan)
+    assert [view.facts for view in scene.registry.everyone()] == [back, other]
+    # Taken out of the plan, it is missed no more.
+    scene.registry.set_workers([other], plan)
+    scene.pass_time(TIMERS.start_timeout_s + 2)
+    assert len(scene.registry.everyone()) == 2
+    scene.registry.set_workers([other], {other.id: Duty.SERVE})
+    assert [view.facts for view in scene.registry.everyone()] == [other]
 
 
 def test_a_new_incarnation_replaces_the_old_one(scene: Scene) -> None:

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 
 import grpc
 import pytest
-from fronts_world import World, running_world
+from fronts_world import ScriptedDispatcher, World, default_script, running_world
 from http_talk import call, post
 from scripted_worker import job
 
 from pdserve.client import Client
-from pdserve.config import TelemetryConfig, TracesConfig
+from pdserve.config import Config, TelemetryConfig, TracesConfig
 from pdserve.config_load import load_config
 from pdserve.errors import ConfigError, WorkerLost
+from pdserve.rpc.identity import Caller, mint
 from pdserve.telemetry.timeline import Phase, PhaseName
 from pdserve.types import FinishReason, Usage
 from pdserve.v1 import inference_pb2 as pb
 from pdserve.v1 import inference_pb2_grpc as pb_grpc
+from router import fronts
+from router.boot import RouterBoot
 from router.timelines import Timeline
 from router.trace_export import TraceExporter
 from router.trace_shape import plan_spans
@@ -214,6 +219,34 @@ def test_without_opentelemetry_the_error_names_the_key_and_the_extra(monkeypatch
     monkeypatch.setitem(sys.modules, "opentelemetry", None)
     with pytest.raises(ConfigError, match=r"telemetry\.traces\.endpoint .*pdserve\[otel\]"):
         open_exporter(TracesConfig(endpoint="http://127.0.0.1:4317"))
+
+
+@pytest.mark.parametrize("lacking", ["opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.grpc"])
+def test_without_opentelemetry_the_configuration_is_refused(monkeypatch, lacking: str) -> None:
+    asked = ["telemetry.traces.endpoint=http://127.0.0.1:4317"]
+    load_config(None, asked, {})
+    monkeypatch.setitem(sys.modules, lacking, None)
+    with pytest.raises(ConfigError, match=r"telemetry\.traces\.endpoint .*pdserve\[otel\]"):
+        load_config(None, asked, {})
+    load_config(None, [], {})
+
+
+def test_a_start_that_fails_leaves_no_exporter(model_folder, monkeypatch) -> None:
+    """Whatever it is that fails once the exporter's thread runs."""
+    config = Config(telemetry=TelemetryConfig(traces=TracesConfig(endpoint="http://127.0.0.1:9")))
+    boot = RouterBoot(config, str(model_folder), "m", mint("t", Caller.ROUTER), b"k" * 32, "")
+    dispatcher = ScriptedDispatcher(default_script, 400, 2)
+    before = set(threading.enumerate())
+
+    def fails(*_: object) -> None:
+        raise ConfigError("made to fail")
+
+    for part in ("TokenService", "Service", "start_grpc"):
+        with monkeypatch.context() as patch:
+            patch.setattr(fronts, part, fails)
+            with pytest.raises(ConfigError, match="made to fail"):
+                asyncio.run(fronts.start_fronts(boot, dispatcher))
+        assert {t for t in threading.enumerate() if t.is_alive()} <= before, part
 
 
 def test_off_imports_nothing_of_opentelemetry(model_folder) -> None:
