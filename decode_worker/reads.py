@@ -2,14 +2,16 @@
 
     open -> read ... -> peer_lost or sweep -> close
 
-Giving a peer up has a thread of its own: it must not stand in line behind reads that wait for that
-very peer.
+Giving a peer up is two things. That it is given up holds at once, before ``peer_lost`` returns.
+Closing what was open to it may wait for the read that runs, so it has threads of its own: it stands
+in line neither behind reads that wait for that very peer nor behind the closing of another one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -34,7 +36,8 @@ class PeerReads:
         self._reading = ThreadPoolExecutor(
             READ_THREADS, thread_name_prefix=READING, initializer=_name_this_thread
         )
-        self._closing = ThreadPoolExecutor(1, thread_name_prefix="kv-close")
+        # A close waits for a read's thread at most, so that no more of them can wait.
+        self._closing = ThreadPoolExecutor(READ_THREADS + 1, thread_name_prefix="kv-close")
 
     async def open(self, endpoint: Endpoint) -> BlockReader:
         loop = asyncio.get_running_loop()
@@ -53,12 +56,10 @@ class PeerReads:
 
     def peer_lost(self, incarnation: Incarnation, gone: bool) -> None:
         """``gone``: it is over, whatever it may still send. Else its process may have ended."""
-        done: Future[object] = (
-            self._closing.submit(self._readers.revoke, incarnation)
-            if gone
-            else self._closing.submit(self._readers.close_lost)
-        )
-        done.add_done_callback(_report)
+        if not gone:
+            self._close(self._readers.close_lost)
+        elif (reader := self._readers.fence(incarnation)) is not None:
+            self._close(reader.close)
 
     async def sweep(self) -> None:
         """The router tells of lost peers, but may be gone itself: their memory must not stay."""
@@ -66,6 +67,10 @@ class PeerReads:
         while True:
             await asyncio.sleep(LOST_PEERS_EVERY_S)
             await loop.run_in_executor(self._closing, self._readers.close_lost)
+
+    def _close(self, closing: Callable[[], object]) -> None:
+        done: Future[object] = self._closing.submit(closing)
+        done.add_done_callback(_report)
 
     def end_reads(self) -> None:
         """Returns when no read is under way; none may be begun any more."""

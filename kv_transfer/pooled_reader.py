@@ -1,7 +1,8 @@
 """The way to one peer incarnation that many reads share, one after another.
 
     IDLE -> OPEN -> IDLE       IDLE again when the connection breaks, or when it is let go
-      any of them -> CLOSED    revoked, or the worker ends; nothing is opened any more
+      any of them -> FENCED    revoked, or the worker ends: nothing is opened or read any more
+      FENCED -> CLOSED         and nothing is open
 
 A read that breaks the connection fails alone: the next in the queue opens a new one. What a read
 waits for its turn does not count towards the time that a read may take, only towards its deadline.
@@ -52,7 +53,7 @@ class PooledReader:
         self._inner: TransportReader | None = None
         self._transport: Transport | None = None
         self._losses = 0  # connections that broke or could not be opened
-        self._closed = False
+        self._fenced = False
 
     @property
     def transport(self) -> Transport:
@@ -101,12 +102,16 @@ class PooledReader:
         finally:
             self._turn.release()
 
-    def close(self) -> None:
-        """Returns when no read touches local blocks any more; those that wait fail."""
-        self._closed = True
+    def fence(self) -> None:
+        """From now on no read begins, and one that runs fails soon. Does not block."""
+        self._fenced = True
         inner = self._inner
         if inner is not None:
             inner.interrupt()
+
+    def close(self) -> None:
+        """Returns when no read touches local blocks any more; those that wait fail."""
+        self.fence()
         with self._turn:
             self._drop()
 
@@ -121,7 +126,7 @@ class PooledReader:
 
     def _opened(self, deadline: float) -> TransportReader:
         """The connection, a new one if need be. Within a turn."""
-        if self._closed:
+        if self._fenced:
             raise TransferError("what was open to this peer is closed")
         inner = self._inner
         if inner is not None and inner.usable:
@@ -133,7 +138,7 @@ class PooledReader:
             self._losses += 1
             raise
         self._inner, self._transport = inner, inner.transport
-        if self._closed:
+        if self._fenced:
             # Whoever closed us found nothing to interrupt, and waits for this turn.
             self._drop()
             raise TransferError("the peer was given up while the connection was set up")

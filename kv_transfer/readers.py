@@ -75,15 +75,19 @@ class ReaderPool:
         reader.open()
         return reader
 
-    def revoke(self, incarnation: Incarnation) -> None:
-        """Closes the reader of a peer that is gone or fenced; it is never opened again."""
+    def fence(self, incarnation: Incarnation) -> PooledReader | None:
+        """That peer is gone: nothing is read from it or opened to it from now on. Does not block.
+
+        Returns what is still to be closed, for whoever may wait for the read that runs.
+        """
         with self._lock:
             self._revoked[incarnation] = None
             while len(self._revoked) > _REVOKED_MAX:
                 del self._revoked[next(iter(self._revoked))]
             reader = self._readers.pop(incarnation, None)
         if reader is not None:
-            reader.close()
+            reader.fence()
+        return reader
 
     def close_lost(self) -> int:
         """Closes connections whose peer has ended (a mapping would keep its memory). How many."""

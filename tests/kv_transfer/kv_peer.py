@@ -28,6 +28,7 @@ import kv_transfer.serving
 from kv_transfer.base import BlockOffer, Endpoint
 from kv_transfer.exporter import PoolExporter
 from kv_transfer.host import MULTI_RANK_VARIABLE
+from kv_transfer.readers import ReaderPool
 from kv_transfer.serving import ServerStats
 from pdserve.engine.memory import PoolMemory, allocate_cuda, allocate_shared
 from pdserve.types import Fingerprint, Incarnation, Transport
@@ -206,6 +207,13 @@ def running(setup: PeerSetup) -> Iterator[Peer]:
         yield peer
     finally:
         peer.close()
+
+
+def revoke(readers: ReaderPool, peer: Peer) -> None:
+    """Gives a peer up, and waits until nothing is open to it."""
+    reader = readers.fence(peer.endpoint.incarnation)
+    if reader is not None:
+        reader.close()
 
 
 def open_files() -> set[tuple[str, str]]:

@@ -28,6 +28,7 @@ from kv_peer import (
     eventually,
     new_pool,
     open_files,
+    revoke,
     running,
 )
 
@@ -329,7 +330,7 @@ def test_a_peer_killed_in_the_middle_leaves_the_local_blocks_alone(
 def test_a_revoked_peer_is_closed_and_stays_closed(pair: Pair) -> None:
     offers = pair.peer.offers([0])
     reader = pair.readers.reader_for(pair.peer.endpoint)
-    pair.readers.revoke(pair.peer.endpoint.incarnation)
+    revoke(pair.readers, pair.peer)
     with pytest.raises(TransferError):
         reader.read(offers, [0], time.monotonic() + 5)
     with pytest.raises(StaleBlock):
@@ -355,7 +356,7 @@ def test_revoking_ends_a_read_that_waits(pair: Pair) -> None:
     thread.start()
     time.sleep(0.2)
     began = time.monotonic()
-    pair.readers.revoke(pair.peer.endpoint.incarnation)
+    revoke(pair.readers, pair.peer)
     thread.join(5)
     assert not thread.is_alive()
     assert time.monotonic() - began < 2

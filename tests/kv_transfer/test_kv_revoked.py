@@ -21,11 +21,14 @@ from kv_peer import (
     eventually,
     new_pool,
     open_files,
+    revoke,
     running,
 )
 
 from decode_worker import reads
 from decode_worker.session import DecodeService
+from kv_transfer.base import BlockReader
+from kv_transfer.pooled_reader import PooledReader
 from kv_transfer.readers import ReaderPool
 from pdserve.config import TransferConfig
 from pdserve.engine.memory import PoolMemory
@@ -64,7 +67,7 @@ def test_nothing_stays_open_and_nothing_opens_again(pool: PoolMemory, way: str) 
         reader = readers.reader_for(peer.endpoint)
         reader.read(offers[:1], [1], time.monotonic() + 20)
         assert open_files() - files
-        readers.revoke(peer.endpoint.incarnation)
+        revoke(readers, peer)
         assert open_files() <= files
         assert eventually(lambda: set(threading.enumerate()) <= threads)
         before = all_bytes(pool)
@@ -99,7 +102,7 @@ def test_all_that_wait_for_a_stopped_peer_end_with_it(pool: PoolMemory, way: str
         time.sleep(0.3)
         assert failures == []
         began = time.monotonic()
-        readers.revoke(peer.endpoint.incarnation)
+        revoke(readers, peer)
         for thread in threads:
             thread.join(5)
         assert time.monotonic() - began < 2
@@ -127,7 +130,7 @@ def test_a_peer_that_is_revoked_while_it_is_connected_to_is_not_opened(pool: Poo
         opening = threading.Thread(target=open_it)
         opening.start()
         time.sleep(0.2)
-        revoking = threading.Thread(target=readers.revoke, args=(peer.endpoint.incarnation,))
+        revoking = threading.Thread(target=revoke, args=(readers, peer))
         revoking.start()
         time.sleep(0.1)
         peer.wake()
@@ -199,3 +202,41 @@ def test_the_routers_word_ends_reads_and_holds_up_no_other_peer(
 
     with running(setup_of("tcp")) as stopped, running(setup_of("tcp")) as other:
         asyncio.run(asyncio.wait_for(story(stopped, other), 30))
+
+
+def test_closing_one_peer_holds_up_the_end_of_no_other(
+    pool: PoolMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does it hold up its own: nothing is read any more while it still closes."""
+    may_close, slow = threading.Event(), list[BlockReader]()
+    close = PooledReader.close
+
+    def close_slowly(reader: PooledReader) -> None:
+        assert reader not in slow or may_close.wait(20)
+        close(reader)
+
+    monkeypatch.setattr(PooledReader, "close", close_slowly)
+
+    async def story(first: Peer, second: Peer) -> None:
+        threads = reads.PeerReads(readers_of(pool, "tcp"))
+        told = Told(threads.peer_lost)
+        session = asyncio.create_task(told.run())
+        to_first: Any = await threads.open(first.endpoint)
+        to_second: Any = await threads.open(second.endpoint)
+        slow.append(to_first)
+        told.gone(first)
+        told.gone(second)
+        assert await asyncio.to_thread(eventually, lambda: not to_second.is_open)
+        assert to_first.is_open
+        with pytest.raises(StaleBlock):
+            await threads.open(first.endpoint)
+        with pytest.raises(TransferError):
+            await threads.read(to_first, tuple(first.offers([1])), (1,), time.monotonic() + 5)
+        may_close.set()
+        assert await asyncio.to_thread(eventually, lambda: not to_first.is_open)
+        session.cancel()
+        threads.end_reads()
+        threads.close()
+
+    with running(setup_of("tcp")) as first, running(setup_of("tcp")) as second:
+        asyncio.run(asyncio.wait_for(story(first, second), 30))
