@@ -138,9 +138,23 @@ def config_from_dict(data: Mapping[str, Any]) -> Config:
     return config
 
 
+class _Loader(yaml.SafeLoader):
+    """Plain data alone; a key that stands twice is an error instead of the last one's victory."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for name, _ in node.value:
+            if isinstance(name, yaml.ScalarNode) and name.value in seen:
+                text = f"the key {name.value!r} stands there twice"
+                raise yaml.constructor.ConstructorError(None, None, text, name.start_mark)
+            seen.add(name.value if isinstance(name, yaml.ScalarNode) else id(name))
+        made: dict[Any, Any] = super().construct_mapping(node, deep)
+        return made
+
+
 def _read_yaml(path: Path) -> Mapping[str, Any]:
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = _Loader(path.read_text(encoding="utf-8")).get_single_data()
     except OSError as error:
         raise ConfigError(f"configuration file {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -172,7 +186,9 @@ def _flatten(data: Mapping[Any, Any], origin: str) -> dict[str, Any]:
                     )
                 visit(value or {}, path + ".")
             else:
-                out[path] = _check(_find(path, origin), value)
+                if path in out:
+                    raise ConfigError(f"{path} stands twice in {origin}: {out[path]!r}, {value!r}")
+                out[path] = _check(_find(path, origin, isinstance(value, Mapping)), value)
 
     visit(data, "")
     return out
@@ -187,18 +203,26 @@ def _sections() -> frozenset[str]:
     return frozenset(parents)
 
 
-def _find(path: str, origin: str) -> Key:
+def _find(path: str, origin: str, section: bool = False) -> Key:
+    """The key of that name. ConfigError names the nearest; of sections, if it has keys below it."""
     key = keys().get(path)
     if key is not None:
         return key
     if path in _sections():
         raise ConfigError(f"{path} in {origin} is a section, not a key")
-    near = difflib.get_close_matches(path, keys(), n=1, cutoff=0.5)
+    depth = path.count(".")
+    sections = sorted(name for name in _sections() if name.count(".") == depth)
+    near = _nearest(path, sections if section else list(keys()))
     if not near:  # perhaps the right name in the wrong section
         last = path.rpartition(".")[2]
         near = [p for p in keys() if p.rpartition(".")[2] == last][:1]
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise ConfigError(f"unknown key {path} in {origin}{hint}")
+    raise ConfigError(f"unknown key {path or '(empty)'} in {origin}{hint}")
+
+
+def _nearest(word: str, known: Sequence[str]) -> list[str]:
+    """The one that was probably meant, if any; capitals do not count."""
+    return difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.5)
 
 
 def _parse(key: Key, raw: str) -> Any:
@@ -233,6 +257,8 @@ def _check_one(key: Key, value: Any, whole: Any) -> Any:
     kind = key.element
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
+    if kind is str and value is False and "off" in key.choices:
+        value = "off"  # which YAML reads as false, unless it stands in quotes
     # bool is an int to Python, but not to a reader of a configuration.
     if type(value) is not kind:
         raise _refusal(key, whole)
@@ -250,7 +276,7 @@ def _check_one(key: Key, value: Any, whole: Any) -> Any:
 def _refusal(key: Key, value: Any) -> ConfigError:
     near = ""
     if key.choices and isinstance(value, str):
-        close = difflib.get_close_matches(value, [str(c) for c in key.choices], n=1)
+        close = _nearest(value, [str(choice) for choice in key.choices])
         near = f"; did you mean {close[0]}?" if close else ""
     shown = list(value) if isinstance(value, tuple) else value
     return ConfigError(f"{key.path} = {shown!r}: expected {key.allowed()}{near}", param=key.path)

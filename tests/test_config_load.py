@@ -64,6 +64,9 @@ def test_set_reads_every_type() -> None:
         ("router.http_prt=1", ["unknown key router.http_prt", "did you mean router.http_port?"]),
         ("http_port=1", ["unknown key http_port", "router.http_port"]),
         ("router=1", ["router", "is a section"]),
+        ("=1", ["unknown key (empty)", "--set"]),
+        ("Router.Strict=true", ["unknown key Router.Strict", "did you mean router.strict?"]),
+        ("cache.mode=off", ["unknown key cache.mode", "did you mean cache.redis.mode?"]),
         ("router.http_port=70000", ["router.http_port = 70000", "from 0 to 65535"]),
         ("router.http_port=abc", ["router.http_port = 'abc'", "a whole number"]),
         ("router.http_port=1.5", ["router.http_port = '1.5'", "a whole number"]),
@@ -99,6 +102,17 @@ def test_a_wrong_override_names_key_value_and_choices(override: str, parts: list
         ("transfer: {transports: [shm, 3]}", "a list"),
         ("router: {a: {b: 1}}", "unknown key router.a"),
         ("1: 2", "unknown key 1"),
+        (
+            "router: {http_port: 1}\nname: a\nrouter: {grpc_port: 2}",
+            "line 3: the key 'router' stands",
+        ),
+        ("router: {http_port: 1, http_port: 2}", "the key 'http_port' stands there twice"),
+        ("router: {http_port: 1}\nrouter.http_port: 2", "router.http_port stands twice"),
+        ("ruoter: {http_port: 1}", "unknown key ruoter in"),
+        ("ruoter: {http_port: 1}", "did you mean router?"),
+        ("cache: {Redis: {mode: url}}", "did you mean cache.redis?"),
+        ("a: &x [*x]", "unknown key a"),
+        ("router:\n\thttp_port: 1", "line 2"),
         ("a: [", "line"),
         ("a: !!python/object/apply:os.getcwd []", "configuration file"),
     ],
@@ -109,9 +123,24 @@ def test_a_wrong_file_is_refused(tmp_path: Path, text: str, part: str) -> None:
     assert part in str(caught.value)
 
 
+def test_off_needs_no_quotes_though_yaml_reads_it_as_false(tmp_path: Path) -> None:
+    path = write(tmp_path, "cache: {redis: {mode: off}}")
+    assert load_config(path).cache.redis.mode == "off"
+    with pytest.raises(ConfigError, match=r"model\.dtype = False: expected one of auto"):
+        load_config(write(tmp_path, "model: {dtype: off}"))
+
+
+def test_keys_below_one_another_may_be_merged_and_named_again_elsewhere(tmp_path: Path) -> None:
+    text = "pools: &p {prefill: 2}\nengine: {block_size: 32}\nname: prefill"
+    config = load_config(write(tmp_path, text))
+    assert (config.pools.prefill, config.engine.block_size, config.name) == (2, 32, "prefill")
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         load_config(tmp_path / "absent.yaml")
+    with pytest.raises(ConfigError, match="Is a directory"):
+        load_config(tmp_path)
     binary = tmp_path / "binary.yaml"
     binary.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="UTF-8"):
