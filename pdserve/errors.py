@@ -227,6 +227,12 @@ class ModelRefused(ConfigError):
     code = "model_refused"
 
 
+class BadWeights(ModelRefused):
+    """The weight files are damaged, incomplete, or not those of the model."""
+
+    code = "bad_weights"
+
+
 class DoesNotFit(ModelRefused):
     """Weights and the smallest useful pool exceed the memory; the text gives the sum."""
 

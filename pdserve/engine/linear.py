@@ -48,19 +48,30 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     )
 
 
-def pack_linears(model: nn.Module, library: CDLL | None = None) -> int:
-    """Replaces every plain bfloat16 nn.Linear in ``model``; how many bytes the packed ones take."""
-    packed_bytes = 0
-    tiled = tiles_work(library)
-    with torch.no_grad():
+class LinearPacker:
+    """Replaces plain bfloat16 nn.Linear layers by packed ones, and counts what these take."""
+
+    def __init__(self, library: CDLL | None = None) -> None:
+        self._library = library if tiles_work(library) else None
+        self.packed_bytes = 0
+
+    @torch.no_grad()
+    def replace(self, parent: nn.Module, name: str) -> None:
+        """``parent``'s child, when it is one of those; its weights are let go."""
+        child = parent.get_submodule(name)
+        if type(child) is not nn.Linear or child.weight.dtype is not torch.bfloat16:
+            return
+        packed: nn.Module
+        if self._library is not None and can_tile(child):
+            packed = TiledLinear(child, self._library)
+        else:
+            packed = PackedLinear(child)
+        self.packed_bytes += 2 * child.in_features * child.out_features
+        setattr(parent, name, packed)
+        # Whoever still holds the plain layer, for its bias, holds no weights.
+        child._parameters.pop("weight")
+
+    def replace_all(self, model: nn.Module) -> None:
         for parent in list(model.modules()):
-            for name, child in list(parent.named_children()):
-                if type(child) is nn.Linear and child.weight.dtype is torch.bfloat16:
-                    packed: nn.Module
-                    if library is not None and tiled and can_tile(child):
-                        packed = TiledLinear(child, library)
-                    else:
-                        packed = PackedLinear(child)
-                    packed_bytes += 2 * child.in_features * child.out_features
-                    setattr(parent, name, packed)
-    return packed_bytes
+            for name, _ in list(parent.named_children()):
+                self.replace(parent, name)

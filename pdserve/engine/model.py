@@ -1,6 +1,6 @@
 """Loading a model, and finding out everything about it that serving depends on.
 
-    load_model(...)  config checked -> weights read -> traced -> packed  -> LoadedModel
+    load_model(...)  config checked -> weights read and packed -> traced -> LoadedModel
 
 Only local folders, only safetensors, never code that comes with a model. The returned model runs
 only inside PagedAttention.step (attention.py).
@@ -20,11 +20,11 @@ import transformers
 
 from pdserve.engine import attention, trace
 from pdserve.engine.layout import LayerShape
-from pdserve.engine.linear import can_pack, pack_linears
+from pdserve.engine.linear import LinearPacker, can_pack
+from pdserve.engine.load_weights import read_model
 from pdserve.engine.pool_view import TORCH_DTYPES
-from pdserve.engine.quiet import LOADING_ERRORS, first_line, quiet_transformers
+from pdserve.engine.quiet import first_line
 from pdserve.engine.refusal import check_config, context_length
-from pdserve.engine.weights import weight_files, weights_revision
 from pdserve.errors import ConfigError, ModelRefused
 from pdserve.types import Numerics
 
@@ -71,16 +71,16 @@ def load_model(
     """
     config = _read_config(path)
     check_config(config)
-    files = weight_files(path)
     length = _model_length(config, max_model_len)
-    model = _read_weights(path, dtype, device)
+    packer = None
+    if pack and numerics is Numerics.FAST and can_pack(TORCH_DTYPES[dtype], device):
+        packer = LinearPacker(library)
+    read = read_model(path, config, TORCH_DTYPES[dtype], device, packer)
+    model = read.model
     layers = trace_model(model, length)
     _set_implementation(model, attention.IMPLEMENTATION)
-    weights_bytes = _bytes_of(model)
-    if pack and numerics is Numerics.FAST and can_pack(TORCH_DTYPES[dtype], device):
-        # Embeddings tied to the output layer stay beside its packed form.
-        packed_bytes = pack_linears(model, library)
-        weights_bytes = _bytes_of(model) + packed_bytes
+    # Embeddings tied to the output layer stay beside its packed form.
+    weights_bytes = _bytes_of(model) + (packer.packed_bytes if packer is not None else 0)
     return LoadedModel(
         model=model,
         layers=layers,
@@ -90,7 +90,7 @@ def load_model(
         max_model_len=length,
         vocab_size=_vocab_size(model, config),
         weights_bytes=weights_bytes,
-        identity=_identity(config, weights_revision(files), dtype, numerics),
+        identity=_identity(config, read.revision, dtype, numerics),
         takes_positions="logits_to_keep" in inspect.signature(model.forward).parameters,
     )
 
@@ -121,29 +121,6 @@ def _model_length(config: Any, wanted: int) -> int:
             param="model.max_model_len",
         )
     return wanted or own
-
-
-def _read_weights(path: Path, dtype: str, device: torch.device) -> Any:
-    try:
-        with quiet_transformers():
-            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                path,
-                dtype=TORCH_DTYPES[dtype],
-                attn_implementation="eager",
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-    except LOADING_ERRORS as error:
-        raise ModelRefused(f"{path} cannot be loaded: {first_line(error)}") from error
-    model, info = loaded
-    absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-    if absent:
-        raise ModelRefused(
-            f"{path}: {len(absent)} weights are missing or of another shape ({absent[0]}, ...)"
-        )
-    return model.eval().requires_grad_(False).to(device)
 
 
 def trace_model(model: Any, max_model_len: int) -> tuple[trace.TracedLayer, ...]:

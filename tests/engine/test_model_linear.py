@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pdserve.engine.linear import PackedLinear, can_pack, pack_linears
+from pdserve.engine.linear import LinearPacker, PackedLinear, can_pack
 from pdserve.engine.model import load_model
 from pdserve.engine.probe import relative_difference
 from pdserve.engine.step import Row
@@ -61,7 +61,10 @@ def test_every_plain_layer_is_packed_and_the_model_stays_the_same() -> None:
 
 def test_exact_numerics_are_never_packed() -> None:
     assert not can_pack(torch.float32, CPU)
-    assert pack_linears(torch.nn.Sequential(torch.nn.Linear(3, 3))) == 0
+    packer = LinearPacker()
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3))
+    packer.replace_all(model)
+    assert (type(model[0]), packer.packed_bytes) == (torch.nn.Linear, 0)
 
 
 def _row(prompt: list[int]) -> Row:

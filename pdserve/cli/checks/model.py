@@ -6,16 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from pdserve.cli.checks.check import Check
 from pdserve.config import Config
 from pdserve.engine.embedded import find_embedded
 from pdserve.engine.resolve import cache_folder, is_hub_id
-from pdserve.engine.weights import weight_files
+from pdserve.engine.weights import read_shards
 from pdserve.errors import ModelRefused
-
-_INDEX = "model.safetensors.index.json"
 
 
 def model(config: Config) -> Check:
@@ -41,18 +37,14 @@ def _folder(folder: Path, name: str, advice: str) -> Check:
     try:
         kind = _json(folder / "config.json").get("model_type")
         _json(folder / "tokenizer.json")
-        files = weight_files(folder)
-        tensors = sum(_tensors(file) for file in files)
-        absent = _absent_shards(folder)
+        shards = read_shards(folder)
     except (ModelRefused, ValueError) as error:
         return Check("model", False, f"{folder} is damaged: {error}", remedy=advice)
     except OSError as error:
         text = f"{folder} is damaged: {error.filename}: {error.strerror}"
         return Check("model", False, text, remedy=advice)
-    if absent:
-        text = f"{folder} is damaged: {_INDEX} names {', '.join(absent)}, which it has not"
-        return Check("model", False, text, remedy=advice)
-    size = sum(file.stat().st_size for file in files)
+    size = sum(shard.size for shard in shards)
+    tensors = sum(len(shard.tensors) for shard in shards)
     return Check("model", True, f"{name}: {kind}, {tensors} tensors, {size / 2**20:.0f} MiB")
 
 
@@ -64,21 +56,3 @@ def _json(file: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ValueError(f"{file.name} is no JSON object")
     return data
-
-
-def _tensors(file: Path) -> int:
-    """How many tensors the file's header names; it must be as long as the header says."""
-    try:
-        with safe_open(file, framework="numpy") as content:
-            return len(content.keys())
-    except SafetensorError as error:
-        raise ValueError(f"{file.name}: {error}") from error
-
-
-def _absent_shards(folder: Path) -> list[str]:
-    if not (folder / _INDEX).is_file():
-        return []
-    names = _json(folder / _INDEX).get("weight_map")
-    if not isinstance(names, dict):
-        raise ValueError(f"{_INDEX} has no weight_map")
-    return sorted({str(name) for name in names.values() if not (folder / str(name)).is_file()})
