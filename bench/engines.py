@@ -1,7 +1,8 @@
 """The bare engines side by side: ours, vLLM's, transformers' ``generate``, llama.cpp.
 
 Each runs in a process and an environment of its own (contenders/) and they take turns: every round
-runs one shape on each of them, one after the other. Prefill rates count prompt tokens until every
+runs one shape on each of them, one after the other; the others are stopped meanwhile, since some
+poll while they wait (paused.py). Prefill rates count prompt tokens until every
 stream has its first token; decode rates count tokens from then until the first stream ends.
 
 BENCH_ENGINES=ours,vllm,ceiling,... picks some. llama.cpp reads the model's own 4-bit file.
@@ -22,6 +23,7 @@ from pathlib import Path
 
 from bench.contenders.turns import Seen, Turn
 from bench.environments import environment
+from bench.paused import awake, stop, wake
 from bench.record import Goal, Record, interleaved
 from pdserve.config import Config
 from pdserve.engine.resolve import default_cache, prepare_model
@@ -61,16 +63,18 @@ SHAPES = (
 
 
 class Contender:
-    """One engine's process. CalledProcessError when it ends."""
+    """One engine's process, stopped outside its turns. CalledProcessError when it ends."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
         self.about: dict[str, str] = json.loads(self._line())
+        stop(process)
 
     def run(self, turn: Turn) -> Seen:
         assert self._process.stdin is not None
-        print(json.dumps(asdict(turn)), file=self._process.stdin, flush=True)
-        return Seen(**json.loads(self._line()))
+        with awake(self._process):
+            print(json.dumps(asdict(turn)), file=self._process.stdin, flush=True)
+            return Seen(**json.loads(self._line()))
 
     def _line(self) -> str:
         assert self._process.stdout is not None
@@ -124,11 +128,13 @@ def contender(name: str) -> Iterator[Contender]:
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, **own},
+        start_new_session=True,
     )
     try:
         yield Contender(process)
     finally:
         assert process.stdin is not None
+        wake(process)
         process.stdin.close()
         try:
             process.wait(20)

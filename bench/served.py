@@ -2,7 +2,8 @@
 
 with served("pdserve 1+1") as server:   its command has been started and has written a first token
     server.seconds                      from the command to that token
-    await burst(server.target, ...)     so many requests at once, each to its end
+    with server.turn():                 a peer stands still outside
+        await burst(server.target, ...)     so many requests at once, each to its end
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 import aiohttp
 
 from bench.engines import vllm_python
+from bench.paused import awake, stop, wake
 from pdserve.bench.caller import Target, call
 from pdserve.bench.samples import Outcome, Sample
 from pdserve.bench.server import open_session
@@ -49,6 +51,11 @@ class Server:
 
     target: Target
     seconds: float
+    _process: subprocess.Popen[bytes]
+    _stops: bool  # outside its turns; a cluster takes a stopped worker for a dead one
+
+    def turn(self) -> contextlib.AbstractContextManager[None]:
+        return awake(self._process) if self._stops else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -60,16 +67,24 @@ def served(name: str) -> Iterator[Server]:
         began = time.perf_counter()
         with (Path(folder) / "output").open("wb") as output:
             process = subprocess.Popen(
-                command, env={**os.environ, **environment}, stdout=output, stderr=output
+                command,
+                env={**os.environ, **environment},
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
             )
         target = Target(f"http://127.0.0.1:{port}", MODEL)
         try:
             asyncio.run(_first_token(target, process))
-            yield Server(target, time.perf_counter() - began)
+            seconds = time.perf_counter() - began
+            if stops := name == "vllm":
+                stop(process)
+            yield Server(target, seconds, process, stops)
         except subprocess.CalledProcessError:
             print((Path(folder) / "output").read_text("utf-8", "replace")[-2000:], file=sys.stderr)
             raise
         finally:
+            wake(process)
             process.send_signal(signal.SIGINT)
             try:
                 process.wait(_STOP_S)

@@ -40,7 +40,8 @@ def _case(server: Server, shape: Shape, seeds: Iterator[int]) -> Callable[[], fl
     def turn() -> float:
         rng = np.random.default_rng(next(seeds))
         prompts = [prompt_ids(shape.prompt, rng) for _ in range(shape.streams)]
-        samples = asyncio.run(burst(server.target, prompts, shape.tokens))
+        with server.turn():
+            samples = asyncio.run(burst(server.target, prompts, shape.tokens))
         counted = shape.prompt if shape.tokens == 1 else shape.tokens
         return shape.streams * counted / max(sample.end_s for sample in samples)
 
