@@ -161,6 +161,12 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 "Workers of which a part, such as a cache tier, does not work; see /workers.",
             ),
             Panel(
+                "Shortfalls",
+                "short",
+                ((gauge("shortfall", "cause"), "{{cause}}"),),
+                "What the cluster was asked for and does not do.",
+            ),
+            Panel(
                 "Preempted and resumed",
                 "reqps",
                 (

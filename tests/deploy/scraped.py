@@ -12,6 +12,7 @@ from pdserve.types import (
     WorkerState,
 )
 from router.counters import Counters
+from router.separation import Cause
 from tests.telemetry.test_metrics import View, worker
 
 
@@ -22,6 +23,7 @@ def busy_metrics() -> RouterMetrics:
     views = [View(worker(f"{role.value}-0", role), ready, load) for role in Role]
     made.watch_workers(lambda: views)
     made.watch_counters(Counters().read)
+    made.watch_shortfalls(lambda: {cause.value: False for cause in Cause})
     serve_some(made)
     return made
 

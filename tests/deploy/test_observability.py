@@ -104,6 +104,74 @@ def test_promtool_takes_the_rules() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_promtool_sees_alerts_fire_for_what_they_are_for(tmp_path: Path) -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("SKIPPED PROMTOOL: apt-get install prometheus brings it")
+    cases = [
+        story("PdserveRouterDown", {UP: "0x30"}),
+        story("PdserveRouterDown", {UP: "1x30"}, fires=False),
+        # A target that vanished, and one that was never there.
+        story("PdserveRouterDown", {UP: "1x5 _x24"}),
+        story("PdserveRouterDown", {'up{job="another"}': "1x30"}),
+        *(
+            story("PdserveWorkerNotServing", {workers(state): "1x30"}, fires=fires)
+            for state, fires in NOT_SERVING.items()
+        ),
+        *(
+            story("PdserveRequestsRefused", {refused(code): "0+60x30"}, fires=fires)
+            for code, fires in REFUSED.items()
+        ),
+    ]
+    told = {"rule_files": [str(ALERTS)], "evaluation_interval": "1m", "tests": cases}
+    (tmp_path / "told.yaml").write_text(yaml.safe_dump(told))
+    done = subprocess.run(
+        [promtool, "test", "rules", str(tmp_path / "told.yaml")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+UP = 'up{job="pdserve",instance="r:1"}'
+NOT_SERVING = {
+    "suspect": True,
+    "starting": True,
+    "dead": True,
+    "ready": False,
+    "draining": False,
+}
+REFUSED = {"overloaded": True, "deadline_exceeded": True, "invalid_request": False}
+
+
+def workers(state: str) -> str:
+    return f'pdserve:workers{{job="pdserve",model_name="m",role="decode",state="{state}"}}'
+
+
+def refused(code: str) -> str:
+    return f'pdserve:requests_rejected_total{{job="pdserve",model_name="m",code="{code}"}}'
+
+
+def story(alert: str, series: dict[str, str], *, fires: bool = True) -> dict[str, Any]:
+    """``series``: one value a minute, for half an hour; then the alert fires or does not."""
+    (expr,) = [rule["expr"] for rule in alert_rules() if rule["alert"] == alert]
+    wanted = f'count(ALERTS{{alertname="{alert}",alertstate="firing"}})'
+    assert expr
+    return {
+        "interval": "1m",
+        "input_series": [{"series": name, "values": values} for name, values in series.items()],
+        "promql_expr_test": [
+            {
+                "expr": wanted,
+                "eval_time": "29m",
+                "exp_samples": [{"labels": "{}", "value": 1}] if fires else [],
+            }
+        ],
+    }
+
+
 class Served(http.server.BaseHTTPRequestHandler):
     metrics: RouterMetrics
 
