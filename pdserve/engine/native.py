@@ -14,8 +14,6 @@ import ctypes
 import hashlib
 import os
 import platform
-import shutil
-import subprocess
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,9 +21,11 @@ from pathlib import Path
 
 import torch
 
+from pdserve.engine.compiler import Command, find_compiler, run_compiler, sole_builder
 from pdserve.engine.layout import LayerSpan
 from pdserve.engine.plan import StepPlan
 from pdserve.engine.pool_view import PoolView
+from pdserve.errors import ConfigError
 
 FOLDER = Path(__file__).with_name("kernels")
 SOURCE = FOLDER / "kernels.cpp"
@@ -46,7 +46,6 @@ FLAGS = (
     "-fno-signed-zeros",
     "-fassociative-math",
 )
-COMPILE_TIMEOUT_S = 120
 
 
 class Layer(ctypes.Structure):
@@ -192,24 +191,25 @@ class NativeLayer:
 
 def load_native(cache_dir: Path) -> NativeLoad:
     """Loads the kernel for this machine from ``cache_dir``, building it first if need be."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     openmp = _torch_openmp()
     flags = (*FLAGS, "-fopenmp") if openmp else FLAGS
-    if compiler is None:
-        return NativeLoad(None, "no C++ compiler (g++) was found")
     try:
+        compiler = find_compiler()
+        if not compiler:
+            return NativeLoad(None, "no C++ compiler (g++) was found")
         target = cache_dir / f"kernels-{_cache_key(compiler, flags)}.so"
         _own_folder(cache_dir)
         if not target.exists():
-            _build(compiler, flags, target)
+            with sole_builder(cache_dir):
+                if not target.exists():
+                    _build(compiler, flags, target)
         if openmp:
             # Already loaded by torch; this lends its symbols to the kernel.
             ctypes.CDLL(openmp, mode=ctypes.RTLD_GLOBAL)
         library = ctypes.CDLL(str(target))
-    except subprocess.CalledProcessError as error:
-        lines = (error.stderr or "").strip().splitlines()
-        return NativeLoad(None, f"{compiler} failed: {lines[0] if lines else error}")
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except ConfigError as error:
+        return NativeLoad(None, str(error))
+    except OSError as error:
         return NativeLoad(None, f"the kernel could not be built or loaded: {error}")
     library.pdserve_paged_attention.restype = None
     library.pdserve_kernels_abi.restype = ctypes.c_int64
@@ -219,18 +219,13 @@ def load_native(cache_dir: Path) -> NativeLoad:
     return NativeLoad(library, "")
 
 
-def _build(compiler: str, flags: tuple[str, ...], target: Path) -> None:
+def _build(compiler: Command, flags: tuple[str, ...], target: Path) -> None:
     """Compiles next to ``target`` and renames, so that nobody ever loads half a file."""
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         compiled, linked = Path(folder, "kernel.o"), Path(folder, "kernel.so")
-        for command in (
-            [compiler, *flags, "-c", str(SOURCE), "-o", str(compiled)],
-            # Linked without -fopenmp: its symbols come from torch's runtime at load time.
-            [compiler, "-shared", str(compiled), "-o", str(linked)],
-        ):
-            subprocess.run(
-                command, check=True, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S
-            )
+        run_compiler([*compiler, *flags, "-c", str(SOURCE), "-o", str(compiled)])
+        # Linked without -fopenmp: its symbols come from torch's runtime at load time.
+        run_compiler([*compiler, "-shared", str(compiled), "-o", str(linked)])
         linked.rename(target)
 
 
@@ -242,18 +237,18 @@ def _own_folder(folder: Path) -> None:
         raise PermissionError(f"{folder} can be written to by other users")
 
 
-def _cache_key(compiler: str, flags: tuple[str, ...]) -> str:
+def _cache_key(compiler: Command, flags: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
     for source in sorted(FOLDER.iterdir()):
         digest.update(source.read_bytes())
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=False)
-    for part in (compiler.encode(), version.stdout, " ".join(flags).encode(), _processor()):
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part)
+    for part in (*compiler, run_compiler([*compiler, "--version"]), " ".join(flags), _processor()):
+        text = part.encode()
+        digest.update(len(text).to_bytes(8, "little"))
+        digest.update(text)
     return digest.hexdigest()[:24]
 
 
-def _processor() -> bytes:
+def _processor() -> str:
     """What -march=native depends on: the cache may lie in a home shared by unlike machines."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
@@ -262,7 +257,7 @@ def _processor() -> bytes:
     features = sorted(
         {line for line in lines if line.startswith(("flags", "Features", "model name"))}
     )
-    return "\n".join((platform.machine(), *features)).encode()
+    return "\n".join((platform.machine(), *features))
 
 
 def _torch_openmp() -> str | None:

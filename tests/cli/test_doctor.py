@@ -228,3 +228,14 @@ def test_without_a_compiler_there_is_a_note_only(
     found = looked(sets)["compiler"]
     assert found.verdict is Verdict.NOTE
     assert "slower; install g++" in found.line
+
+
+def test_a_compiler_is_tried_and_not_believed(
+    sets: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "false --at-all")
+    found = looked(sets)["compiler"]
+    assert found.verdict is Verdict.NOTE
+    assert "false failed" in found.line
+    monkeypatch.setenv("CXX", "env LC_ALL=C g++ -O1")
+    assert looked(sets)["compiler"].verdict is Verdict.OK

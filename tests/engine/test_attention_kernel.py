@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,19 +13,64 @@ import torch
 from pdserve.config import Config, EngineConfig
 from pdserve.engine import native
 from pdserve.engine.build import choose_kernel
+from pdserve.engine.compiler import sole_builder
 from pdserve.errors import ConfigError
-from tests.engine.model_world import CPU
+from tests.engine.model_world import CPU, kernel
 
 
 def test_it_is_built_once_and_then_loaded(tmp_path: Path) -> None:
     first = native.load_native(tmp_path)
     assert first.kernels is not None, first.reason
-    (built,) = tmp_path.iterdir()
+    (built,) = tmp_path.glob("*.so")
     stamp = built.stat().st_mtime_ns
     again = native.load_native(tmp_path)
     assert again.kernels is not None
-    assert [file.name for file in tmp_path.iterdir()] == [built.name]
+    assert list(tmp_path.glob("*.so")) == [built]
     assert built.stat().st_mtime_ns == stamp
+
+
+def test_workers_that_start_together_compile_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a compiler with arguments, which takes its time and says how often it compiled."""
+    compiler, said = tmp_path / "compiler", tmp_path / "said"
+    compiler.write_text(COMPILER.format(made=kernel()._name))
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", f"env SAID='{said}' {compiler} -pipe")
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from pdserve.engine.native import load_native\n"
+        "assert load_native(Path(sys.argv[1])).reason == ''\n"
+    )
+    starting = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "kernels")]) for _ in range(3)
+    ]
+    assert [process.wait(60) for process in starting] == [0, 0, 0]
+    assert said.read_text() == "-pipe\n"
+
+
+# What it links is the kernel that is there already.
+COMPILER = """#!/bin/sh
+case "$*" in
+  *--version*) echo one that is tried ;;
+  *-shared*) for out; do :; done; cp {made} "$out" ;;
+  *) echo "$1" >> "$SAID"; sleep 2 ;;
+esac
+"""
+
+
+def test_a_builder_that_was_stopped_is_not_waited_for_forever(tmp_path: Path) -> None:
+    began = time.monotonic()
+    with sole_builder(tmp_path), sole_builder(tmp_path, patience_s=0.2):
+        assert 0.2 <= time.monotonic() - began < 5
+
+
+def test_a_compiler_of_half_a_quote_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "ccache 'g++")
+    assert "No closing quotation" in native.load_native(tmp_path).reason
 
 
 def test_without_a_compiler_the_reason_is_told(

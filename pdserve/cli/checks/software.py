@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -12,6 +10,8 @@ from packaging.requirements import Requirement
 
 from pdserve.cli.checks.check import Check
 from pdserve.config import Config
+from pdserve.engine.compiler import find_compiler, try_compiler
+from pdserve.errors import ConfigError
 
 _SHOWN = ("torch", "transformers", "ray", "grpcio", "protobuf", "redis")
 _STUBS = "import pdserve.v1.inference_pb2_grpc, pdserve.v1.worker_pb2_grpc, pdserve.v1.kv_pb2_grpc"
@@ -59,8 +59,13 @@ def stubs(_: Config) -> Check:
 
 
 def compiler(_: Config) -> Check:
-    found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-    if found is None:
-        text = "no C++ compiler (g++): attention runs without its native kernel, slower"
-        return Check("compiler", False, text, fatal=False, remedy="install g++")
-    return Check("compiler", True, found)
+    """Tried, not only found: a start without it is slow, and says so in a log at best."""
+    try:
+        found = find_compiler()
+        if found:
+            return Check("compiler", True, try_compiler(found))
+        problem = "no C++ compiler (g++)"
+    except ConfigError as error:
+        problem = str(error)
+    text = f"{problem}: attention runs without its native kernel, slower"
+    return Check("compiler", False, text, fatal=False, remedy="install g++, or set CXX to one")
