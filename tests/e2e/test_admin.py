@@ -6,9 +6,7 @@ One cluster for the whole file; the commands are run as an operator runs them.
 from __future__ import annotations
 
 import json
-import os
 import random
-import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -19,6 +17,7 @@ import pytest
 from pdserve.cli import main as cli
 from pdserve.cluster.admin_access import read_access
 from pdserve.cluster.run_dir import ADMIN_FILE
+from pdserve.faults import Action, Step
 from pdserve.v1 import admin_pb2 as pb
 from pdserve.v1 import admin_pb2_grpc
 from tests.e2e.ask import Answer, request
@@ -35,10 +34,12 @@ VARIANT = Variant(
         "timers.start_timeout_s=60",
         "timers.heartbeat_s=0.2",
         "cache.kv_events=true",
+        "testing.faults=true",
     ),
 )
 LONG = 400
-LONG_FORM = os.environ.get("PDSERVE_LONG") == "1"
+# Shorter than the death timer: the worker that is held up lives.
+HELD_S = 4.0
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ class Operator:
 
     def done(self, action: str, *words: str) -> Any:
         status, out, err = self.run(action, *words, "--json")
-        assert status == 0, err
+        assert status == 0, out + err
         return json.loads(out)
 
 
@@ -215,9 +216,6 @@ def test_flushed_tiers_serve_nothing_any_more(running: Running, operator: Operat
     assert (last.device, last.host, last.redis) == (0, 0, 0)
 
 
-@pytest.mark.skipif(
-    not LONG_FORM, reason="PDSERVE_LONG=1: not settled on a machine with other work"
-)
 def test_a_flush_spares_what_is_in_use(running: Running, operator: Operator) -> None:
     asked = prompts(3)
     expected = tokens(ask_all(running, asked, LONG))
@@ -246,22 +244,25 @@ def test_log_levels_change_while_all_runs(running: Running, operator: Operator) 
 
 
 def test_one_change_at_a_time(running: Running, operator: Operator) -> None:
+    """The drain is under way for as long as a stream is held up on its worker."""
     access = read_access(operator.folder / ADMIN_FILE)
     request = pb.DrainWorkerRequest(worker="decode-0", drain_s=60)
     header = access.identity.header("/pdserve.v1.Admin/")
-    with grpc.insecure_channel(access.address) as channel, ThreadPoolExecutor(1) as pool:
+    victim = running.arm("decode", Step.ENGINE_STEP, Action.HANG, 40, HELD_S)
+    assert victim.id == "decode-0"
+    fired = running.fired(victim)
+    with grpc.insecure_channel(access.address) as channel, ThreadPoolExecutor(2) as pool:
         stub = admin_pb2_grpc.AdminStub(channel)
-        (prompt,) = prompts(1)
-        stream = threading.Thread(target=ask_all, args=(running, [prompt] * 4, LONG), daemon=True)
-        stream.start()
-        running.wait(lambda: any(w["running"] for w in running.workers() if "dec" in w["id"]))
+        answers = begin(pool, running, prompts(4), "decode-0")
+        running.wait(lambda: running.fired(victim) > fired)
         first = pool.submit(stub.DrainWorker, request, metadata=(("authorization", header),))
         running.wait(lambda: operator.done("pools").get("under_way", "") == "drain decode-0", 10)
         status, _, error = operator.run("resize", "decode=3")
-        if not first.done():
-            assert (status, "drain decode-0" in error) == (1, True)
+        assert not first.done(), "it was too fast: nothing was shown"
+        assert status == 1
+        assert "drain decode-0" in error
         first.result()
-        stream.join()
+        assert all(len(answer.tokens) == LONG for answer in answers.result())
     text = operator.run("pools")[1]
     assert "decode-0 (drained)" in text
     operator.done("undrain", "decode-0")
