@@ -22,6 +22,7 @@ from pdserve.types import (
     TokenOut,
     Usage,
     WorkerFacts,
+    WorkerId,
     WorkerState,
 )
 
@@ -109,6 +110,10 @@ class Dispatcher(Protocol):
         ...
 
     def workers(self) -> tuple[WorkerView, ...]: ...
+
+    def missing(self) -> tuple[WorkerId, ...]:
+        """Planned workers that have never joined."""
+        ...
 
     def ready(self) -> tuple[bool, str]:
         """Whether a request went the whole way and still could; else the reason why not."""

@@ -96,6 +96,9 @@ class RequestDispatcher:
     def workers(self) -> tuple[WorkerView, ...]:
         return self._registry.everyone()
 
+    def missing(self) -> tuple[WorkerId, ...]:
+        return self._registry.missing()
+
     def ready(self) -> tuple[bool, str]:
         if self._stopping:
             return False, "the router is stopping"

@@ -52,13 +52,25 @@ class Fronts:
         self._tokens = tokens
         self._dispatcher = dispatcher
         self._exporter = exporter
+        self._leaving: asyncio.Task[None] | None = None
         self._watch = asyncio.create_task(self._follow_readiness(), name="front-readiness")
+
+    def leave(self, within_s: float) -> None:
+        """The drain begins: gRPC's connections end after their calls, ``within_s`` at most.
+
+        So clients of an address with several routers behind it go to another one. HTTP's are told
+        with each refusal.
+        """
+        self._watch.cancel()
+        self._leaving = asyncio.create_task(self._grpc.close(within_s + CLOSE_S), name="grpc-leave")
 
     async def close(self) -> None:
         """Ends what still runs, after CLOSE_S at most for each front."""
         self._watch.cancel()
         await asyncio.gather(self._watch, return_exceptions=True)
         await asyncio.gather(self._http.close(), self._grpc.close(CLOSE_S))
+        if self._leaving is not None:
+            await self._leaving
         self._tokens.close()
         if self._exporter is not None:
             await asyncio.to_thread(self._exporter.close)

@@ -15,7 +15,13 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from pdserve.errors import InternalError, PdserveError, RequestTooLarge, Unauthenticated
+from pdserve.errors import (
+    Draining,
+    InternalError,
+    PdserveError,
+    RequestTooLarge,
+    Unauthenticated,
+)
 from router.fields import printable_id
 from router.validation import MAX_ID_CHARS
 
@@ -54,6 +60,9 @@ def error_response(error: PdserveError) -> web.Response:
         response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     if isinstance(error, Unauthenticated):
         response.headers["WWW-Authenticate"] = "Bearer"
+    if isinstance(error, Draining):
+        # The next try opens a connection, which behind a shared address leads to another router.
+        response.force_close()
     return response
 
 

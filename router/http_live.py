@@ -84,6 +84,7 @@ class LiveHandlers:
             "numerics": "" if model is None else model.numerics.value,
             "ready": ready,
             "reason": reason,
+            "missing": service.dispatcher.missing(),
             "shortfalls": [one.text for one in service.dispatcher.shortfalls()],
             "interval_s": INTERVAL_S,
             "history_s": HISTORY_S,

@@ -78,6 +78,11 @@ class Registry:
             return self.snapshot()
         return tuple(sorted((*self.snapshot(), *self._lost.values()), key=lambda v: v.facts.id))
 
+    def missing(self) -> tuple[WorkerId, ...]:
+        """Those of the plan that have never joined: they start, or no node has room for them."""
+        known = self._records.keys() | self._lost.keys()
+        return tuple(sorted(self._plan.keys() - known))
+
     def model(self) -> ModelFacts | None:
         """The model of the group that requests are placed in; the last one while none lives."""
         return self._model

@@ -14,7 +14,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from pdserve.cli.snapshot import Now, Pool, Rates, Seconds, Tiers, Worker
+from pdserve.cli.snapshot import Now, Pool, Rates, Seconds, Tiers, Worker, not_there
 
 _STATES = {"ready": "green", "starting": "cyan", "draining": "yellow"}
 _HINT = "used, cached, total: KV blocks on the device. Ctrl-C ends this view"
@@ -41,6 +41,7 @@ def picture(now: Now, width: int, trouble: str = "") -> RenderableType:
         parts.append(Text(trouble, style="bold red"))
     if now.ready:  # else the reason says so already
         parts += [Text(f"degraded: {text}", style="yellow") for text in now.shortfalls]
+    parts += [Text(not_there(worker), style="cyan") for worker in now.missing]
     parts += [
         Text(f"{one.id} is degraded: {one.degraded}", style="yellow")
         for one in now.workers

@@ -79,10 +79,16 @@ class Now(msgspec.Struct, frozen=True):
     numerics: str
     ready: bool
     reason: str  # empty while ready
+    missing: tuple[str, ...]  # planned workers that have never joined
     shortfalls: tuple[str, ...]  # what the cluster was asked for and does not do
     headline: Rates
     pools: tuple[Pool, ...]
     workers: tuple[Worker, ...]
+
+
+def not_there(worker: str) -> str:
+    """What a missing worker means."""
+    return f"{worker} has not joined: it starts, or no node has room for it (ray status)"
 
 
 def read(data: dict[str, Any], url: str) -> Now:

@@ -65,10 +65,13 @@ def _watch(access: Access) -> None:
 
 
 def lacking(live: Mapping[str, Any]) -> list[str]:
-    """What keeps the cluster from being ready, or else what it falls short of."""
+    """Why the cluster is not ready, or else what it falls short of; and who is not there."""
+    from pdserve.cli.snapshot import not_there  # noqa: PLC0415  (msgspec, for a table alone)
+
+    found = [f"degraded: {text}" for text in live.get("shortfalls", ())]
     if not live.get("ready", False):
-        return [f"not ready: {live.get('reason') or 'it does not say why'}"]
-    return [f"degraded: {text}" for text in live.get("shortfalls", ())]
+        found = [f"not ready: {live.get('reason') or 'it does not say why'}"]
+    return [*found, *(not_there(worker) for worker in live.get("missing", ()))]
 
 
 def table(workers: list[dict[str, Any]], lacking: Sequence[str] = ()) -> str:

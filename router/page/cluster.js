@@ -20,10 +20,11 @@ export function showCluster(now) {
 
 // What the cluster was asked for and does not do; while it is not ready, that is the reason already.
 function showShortfalls(now) {
-  const found = now.ready ? now.shortfalls : [];
+  const found = now.ready ? now.shortfalls.map((text) => `Degraded: ${text}`) : [];
+  if (now.missing.length > 0) found.push(`Not there yet, starting or without a node: ${now.missing.join(", ")}`);
   const notice = byId("shortfalls");
   notice.hidden = found.length === 0;
-  setText(notice, `Degraded: ${found.join("; ")}`);
+  setText(notice, found.join(". "));
 }
 
 // ---- headline -----------------------------------------------------------------------------------

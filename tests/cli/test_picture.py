@@ -36,6 +36,7 @@ def moment(**changed: Any) -> dict[str, Any]:
         "numerics": "fast",
         "ready": True,
         "reason": "",
+        "missing": [],
         "shortfalls": [],
         "headline": rates | {"first_token": QUANTILES, "inter_token": QUANTILES},
         "pools": [{"role": "prefill", "workers": 1, "ready": 1, **LOAD}],
@@ -95,6 +96,12 @@ def test_what_is_wrong_stands_above_the_tables_and_is_no_markup() -> None:
     assert lines[1] == "the router is gone"
     assert lines[2] == "decode-0 is degraded: Redis [bold]refuses[/bold] writes"
     assert table([broken]).splitlines()[-1] == lines[2]
+
+
+def test_a_planned_worker_that_never_came_is_named() -> None:
+    said = "decode-1 has not joined: it starts, or no node has room for it (ray status)"
+    assert said in draw(120, missing=["decode-1"])
+    assert lacking(moment(missing=["decode-1"])) == [said]
 
 
 def test_what_the_cluster_falls_short_of_is_told_once() -> None:

@@ -134,6 +134,7 @@ class ScriptedDispatcher:
         self.stop_ids_end = True
         self.fail_after: dict[int, PdserveError] = {}  # tokens made -> error, each used once
         self.is_ready: tuple[bool, str] = (True, "")
+        self.absent: tuple[WorkerId, ...] = ()
         self.lacks: tuple[Shortfall, ...] = ()
         self.places: int | None = None
         self.facts: ModelFacts | None = ModelFacts(
@@ -160,6 +161,9 @@ class ScriptedDispatcher:
 
     def ready(self) -> tuple[bool, str]:
         return self.is_ready
+
+    def missing(self) -> tuple[WorkerId, ...]:
+        return self.absent
 
     def shortfalls(self) -> tuple[Shortfall, ...]:
         return self.lacks

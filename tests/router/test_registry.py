@@ -8,7 +8,7 @@ import pytest
 from scripted_worker import MODEL, facts
 
 from pdserve.config import TimersConfig
-from pdserve.types import Duty, Fingerprint, Incarnation, Load, Role, WorkerState
+from pdserve.types import Duty, Fingerprint, Incarnation, Load, Role, WorkerId, WorkerState
 from router.registry import Registry
 
 TIMERS = TimersConfig(heartbeat_s=1, dead_after_s=5, stuck_after_s=30, start_timeout_s=300)
@@ -107,6 +107,20 @@ def test_idle_workers_make_no_steps_and_are_not_suspect(scene: Scene) -> None:
         scene.registry.heard(worker, Load(engine_steps=7))
         scene.pass_time(1)
     assert scene.registry.state(worker) is WorkerState.READY
+
+
+def test_who_is_planned_and_never_came_is_missing() -> None:
+    registry = Registry(TimersConfig())
+    here, late = facts("a"), facts("b")
+    plan = {WorkerId("a"): Duty.SERVE, WorkerId("b"): Duty.SERVE}
+    registry.set_workers([here], plan)
+    assert registry.missing() == ("b",)
+    registry.set_workers([here, late], plan)
+    assert registry.missing() == ()
+    registry.set_workers([here], plan)
+    assert registry.missing() == (), "it was there: its state tells what became of it"
+    registry.set_workers([here], {WorkerId("a"): Duty.SERVE})
+    assert registry.missing() == ()
 
 
 def test_draining_and_back(scene: Scene) -> None:
