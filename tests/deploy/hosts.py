@@ -31,7 +31,7 @@ _HEALTH = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "1000",
-    "RAY_health_check_failure_threshold": "4",
+    "RAY_health_check_failure_threshold": "8",
 }
 
 
@@ -80,6 +80,7 @@ class Hosts:
         self._router = router
         self.site = Site(dict.fromkeys((*offers, CLIENT), ()))
         self._salt = 0
+        self._up: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Hosts:
         self.site.__enter__()
@@ -170,7 +171,12 @@ class Hosts:
         command = f"exec pdserve up --address head:6379 --name {self._name} {sets}"
         if self._router != "head":
             command = f"{self._ray_start(self._router)} && {command}"
-        self.pod(self._router).start(command, self.env(self._router))
+        self._up = self.pod(self._router).start(command, self.env(self._router))
+
+    def end(self, within_s: float) -> int:
+        """The exit status of ``pdserve up``, which ends by itself."""
+        assert self._up is not None
+        return self._up.wait(within_s)
 
     def log(self) -> str:
         return self.pod(self._router).log.read_text(errors="replace")
@@ -200,7 +206,9 @@ class Hosts:
         """Seconds until it was so."""
         began = time.monotonic()
         while not true():
+            ended = self._up is not None and self._up.poll() is not None
             late = time.monotonic() - began > within_s
+            assert not ended, self.log()[-3000:]
             assert not late, f"{self.workers()}\n{self.log()[-3000:]}"
             time.sleep(0.1)
         return time.monotonic() - began
@@ -236,6 +244,21 @@ class Hosts:
         assert done.returncode == 0, done.stderr[-2000:]
         found: list[bool] = json.loads(done.stdout)
         return found
+
+    def link(self, host: str, state: str) -> None:
+        """``down``: as if its cable were out, in both directions; ``up``: in again."""
+        port = f"v{self.pod(host).address.rpartition('.')[2]}"
+        words = ["ip", "-n", self.site.hub, "link", "set", port, state]
+        subprocess.run(words, check=True, capture_output=True, timeout=10)
+
+    def kill_raylet(self, host: str) -> None:
+        (raylet,) = self.pod(host).pids("raylet")
+        self.pod(host).kill(raylet)
+
+    def rejoin(self, host: str) -> None:
+        """What a host's own supervisor does when its ``ray start`` has ended."""
+        self.pod(host).end()
+        self.join(host)
 
     def route(self, host: str, kind: str, target: str) -> None:
         """``ip route KIND`` on a host: ``add blackhole`` or ``del blackhole`` to another."""
