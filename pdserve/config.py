@@ -53,6 +53,12 @@ class ModelConfig:
         "exact: float32 or wider, streams equal to one process; fast: bfloat16.",
         choices=("fast", "exact"),
     )
+    quantization: str = opt(
+        "none",
+        "Linear layers' weights: int8 or int4, in groups of 32; embeddings keep the dtype, the "
+        "output layer has 8 bits.",
+        choices=("none", "int8", "int4"),
+    )
     chat_template: str = opt("", "Jinja file that replaces the model's own chat template.")
 
 

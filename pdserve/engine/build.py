@@ -24,6 +24,7 @@ from pdserve.engine.model import LoadedModel, load_model
 from pdserve.engine.native import load_native, native_supports
 from pdserve.engine.pool_view import TORCH_DTYPES, pool_view
 from pdserve.engine.probe import probe
+from pdserve.engine.quantized import Quantization
 from pdserve.engine.resolve import default_cache
 from pdserve.engine.runner import ModelRunner
 from pdserve.engine.sizing import PoolSize, SizingInputs, measure_memory, size_pool
@@ -55,8 +56,7 @@ def build_engine(
 ) -> BuiltEngine:
     """``model_path``: a folder. ``pool_blocks`` and ``threads``: 0 finds them out.
 
-    ModelRefused (DoesNotFit among them) and ConfigError carry the reason. Sets torch's number of
-    threads for the whole process.
+    ModelRefused (DoesNotFit among them) and ConfigError say why. Sets the process' torch threads.
     """
     where = _device(device)
     if where.type == "cpu":
@@ -69,6 +69,7 @@ def build_engine(
         dtype=dtype,
         numerics=Numerics(config.model.numerics),
         device=where,
+        quantization=Quantization(config.model.quantization),
         max_model_len=config.model.max_model_len,
         library=library,
     )
@@ -162,6 +163,7 @@ def _model_notes(loaded: LoadedModel) -> tuple[str, ...]:
         f"{loaded.model.config.model_type}, {len(loaded.layers)} layers, {loaded.dtype}, "
         f"{loaded.numerics.value} numerics, on {loaded.device} with {torch.get_num_threads()} "
         "threads",
+        loaded.weights_note,
     )
 
 

@@ -5,8 +5,9 @@
 The folder appears by one rename, so it is either whole or not there. A file lock keeps two
 processes from converting at once; the second one waits and finds the folder ready.
 
-bfloat16 loses nothing that serving could use (the file's weights have 4 bits), and ``exact``
-numerics reads the same bfloat16 weights as float32, as any program that loads the folder does.
+The weights become bfloat16, and ``exact`` numerics reads the same bfloat16 weights as float32, as
+any program that loads the folder does. The file's 4- and 8-bit blocks are kept beside them for
+model.quantization (gguf_blocks.py).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pdserve.engine.progress import Progress, ProgressSink
 from pdserve.errors import ConfigError
 
 # Raised when the way of converting changes, so that old folders are not taken for new ones.
-REVISION = 1
+REVISION = 2
 
 
 def convert_gguf(gguf: Path, target: Path, progress: ProgressSink) -> Path:

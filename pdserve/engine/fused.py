@@ -23,6 +23,7 @@ from pdserve.engine.model import LoadedModel
 from pdserve.engine.native import Layer, NativeStep, Step, native_layer
 from pdserve.engine.plan import StepPlan
 from pdserve.engine.pool_view import PoolView
+from pdserve.engine.quantized_linear import QuantizedLinear
 from pdserve.engine.tiles import PANEL, Linear, TiledLinear
 
 # Norm, attention with rotated queries and keys, norm, gated SiLU; nothing else in between.
@@ -33,6 +34,7 @@ FAMILIES = (
     transformers.Qwen3ForCausalLM,
 )
 LARGEST_HEAD = 256
+_PACKED = TiledLinear | QuantizedLinear
 # Rotations that depend on more than a token's position.
 _CHANGING_ROPE = ("dynamic", "longrope")
 
@@ -99,8 +101,8 @@ def why_not_fused(loaded: LoadedModel) -> str:
     model = loaded.model
     if type(model) not in FAMILIES:
         return f"{type(model).__name__} is not among the models whose layers are known"
-    linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear | TiledLinear)]
-    if not linears or not all(isinstance(m, TiledLinear) for m in linears):
+    linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear | _PACKED)]
+    if not linears or not all(isinstance(m, _PACKED) for m in linears):
         return "its weights are not packed for the native kernels"
     head = model.get_output_embeddings()
     if any(m.out_features % PANEL for m in linears if m is not head):

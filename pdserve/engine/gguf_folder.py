@@ -1,4 +1,4 @@
-"""Reads a GGUF file with transformers and writes it as a plain bfloat16 model folder."""
+"""Reads a GGUF file with transformers and writes it as a bfloat16 folder, with its blocks aside."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from transformers import (
     modeling_gguf_pytorch_utils,
 )
 
+from pdserve.engine.gguf_blocks import keep_blocks
 from pdserve.engine.progress import Progress, ProgressSink
 from pdserve.engine.quiet import LOADING_ERRORS, first_line, quiet_transformers
 from pdserve.errors import ConfigError
@@ -42,6 +43,7 @@ def write_folder(gguf: Path, folder: Path, progress: ProgressSink) -> None:
         progress(Progress("writing safetensors", 3, 3))
         try:
             model.save_pretrained(folder)
+            keep_blocks(gguf, model, folder)
         except SafetensorError as error:
             # The writer puts the system's error into its text alone; tell a full disk by its room.
             full = shutil.disk_usage(folder).free < model.get_memory_footprint()

@@ -1,6 +1,6 @@
 """Loading a model, and finding out everything about it that serving depends on.
 
-    load_model(...)  config checked -> weights read and packed -> traced -> LoadedModel
+    load_model(...)  config checked -> weights read, packed or quantized -> traced -> LoadedModel
 
 Only local folders, only safetensors, never code that comes with a model. The returned model runs
 only inside PagedAttention.step (attention.py).
@@ -19,10 +19,13 @@ import torch
 import transformers
 
 from pdserve.engine import attention, trace
+from pdserve.engine.gguf_blocks import blocks_file
 from pdserve.engine.layout import LayerShape
 from pdserve.engine.linear import LinearPacker, can_pack
 from pdserve.engine.load_weights import read_model
 from pdserve.engine.pool_view import TORCH_DTYPES
+from pdserve.engine.quantized import GROUP, Quantization
+from pdserve.engine.quantized_linear import QuantizedLayers, quantize_linears
 from pdserve.engine.quiet import first_line
 from pdserve.engine.refusal import check_config, context_length
 from pdserve.errors import ConfigError, ModelRefused
@@ -43,6 +46,7 @@ class LoadedModel:
     max_model_len: int
     vocab_size: int  # width of the logits
     weights_bytes: int  # what the weights take in memory here
+    weights_note: str  # whether and how they are quantized
     identity: Mapping[str, object]  # of the fingerprint
     takes_positions: bool  # forward() computes logits only where logits_to_keep says
 
@@ -61,6 +65,7 @@ def load_model(
     dtype: str,
     numerics: Numerics,
     device: torch.device,
+    quantization: Quantization = Quantization.NONE,
     max_model_len: int = 0,
     pack: bool = True,
     library: CDLL | None = None,
@@ -75,12 +80,17 @@ def load_model(
     packer = None
     if pack and numerics is Numerics.FAST and can_pack(TORCH_DTYPES[dtype], device):
         packer = LinearPacker(library)
-    read = read_model(path, config, TORCH_DTYPES[dtype], device, packer)
-    model = read.model
+    plain = quantization is not Quantization.NONE
+    read = read_model(path, config, TORCH_DTYPES[dtype], device, None if plain else packer)
+    model, done = read.model, QuantizedLayers()
+    if plain:
+        done = _quantize(model, path, quantization, None if packer is None else library)
+        if packer is not None:
+            packer.replace_all(model)
     layers = trace_model(model, length)
     _set_implementation(model, attention.IMPLEMENTATION)
     # Embeddings tied to the output layer stay beside its packed form.
-    weights_bytes = _bytes_of(model) + (packer.packed_bytes if packer is not None else 0)
+    packed_bytes = done.packed_bytes + (packer.packed_bytes if packer is not None else 0)
     return LoadedModel(
         model=model,
         layers=layers,
@@ -89,8 +99,9 @@ def load_model(
         device=device,
         max_model_len=length,
         vocab_size=_vocab_size(model, config),
-        weights_bytes=weights_bytes,
-        identity=_identity(config, read.revision, dtype, numerics),
+        weights_bytes=_bytes_of(model) + packed_bytes,
+        weights_note=_note(quantization, done),
+        identity=_identity(config, read.revision + done.revision, dtype, numerics, quantization),
         takes_positions="logits_to_keep" in inspect.signature(model.forward).parameters,
     )
 
@@ -121,6 +132,27 @@ def _model_length(config: Any, wanted: int) -> int:
             param="model.max_model_len",
         )
     return wanted or own
+
+
+def _quantize(
+    model: Any, path: Path, quantization: Quantization, library: CDLL | None
+) -> QuantizedLayers:
+    done = quantize_linears(model, quantization, blocks_file(path), library)
+    if not done.layers:
+        raise ConfigError(
+            f"model.quantization is {quantization.value}, but no linear layer of this "
+            f"{model.config.model_type} model has a multiple of {GROUP} inputs; set it to none",
+            param="model.quantization",
+        )
+    return done
+
+
+def _note(quantization: Quantization, done: QuantizedLayers) -> str:
+    """For the log."""
+    if quantization is Quantization.NONE:
+        return "weights: not quantized"
+    how = "in the native kernels" if done.packed_bytes else "dequantized at load, no kernel here"
+    return f"weights: {quantization.value} in {done.layers} linear layers, {how}"
 
 
 def trace_model(model: Any, max_model_len: int) -> tuple[trace.TracedLayer, ...]:
@@ -164,7 +196,9 @@ def _bytes_of(model: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def _identity(config: Any, revision: str, dtype: str, numerics: Numerics) -> Mapping[str, object]:
+def _identity(
+    config: Any, revision: str, dtype: str, numerics: Numerics, quantization: Quantization
+) -> Mapping[str, object]:
     described = {k: v for k, v in config.to_dict().items() if k not in _VOLATILE}
     text = config.get_text_config(decoder=True)
     return {
@@ -174,5 +208,5 @@ def _identity(config: Any, revision: str, dtype: str, numerics: Numerics) -> Map
         "dtype": dtype,
         "numerics": numerics.value,
         "rope": getattr(text, "rope_parameters", None),
-        "quantization": "none",
+        "quantization": quantization.value,
     }

@@ -24,6 +24,7 @@ class Linear(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         ("n", ctypes.c_int64),
         ("k", ctypes.c_int64),
+        ("bits", ctypes.c_int64),  # of a weight; fewer than 16: quantized_linear.py
     )
 
 
@@ -52,21 +53,27 @@ class TiledLinear(nn.Module):
             bias=None if self.bias is None else self.bias.data_ptr(),
             n=self.out_features,
             k=self.in_features,
+            bits=16,
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.contiguous()
-        assert x.dtype is torch.bfloat16
-        assert x.shape[-1] == self.in_features
-        out = torch.empty((*x.shape[:-1], self.out_features), dtype=torch.bfloat16)
-        self._library.pdserve_linear(
-            ctypes.byref(self.struct),
-            ctypes.c_void_p(x.data_ptr()),
-            ctypes.c_void_p(out.data_ptr()),
-            ctypes.c_int64(x.numel() // self.in_features),
-            ctypes.c_int64(torch.get_num_threads()),
-        )
-        return out
+        return run_linear(self._library, self.struct, x)
+
+
+def run_linear(library: CDLL, linear: Linear, x: torch.Tensor) -> torch.Tensor:
+    """bfloat16 [..., k] -> [..., n]."""
+    x = x.contiguous()
+    assert x.dtype is torch.bfloat16
+    assert x.shape[-1] == linear.k
+    out = torch.empty((*x.shape[:-1], linear.n), dtype=torch.bfloat16)
+    library.pdserve_linear(
+        ctypes.byref(linear),
+        ctypes.c_void_p(x.data_ptr()),
+        ctypes.c_void_p(out.data_ptr()),
+        ctypes.c_int64(x.numel() // linear.k),
+        ctypes.c_int64(torch.get_num_threads()),
+    )
+    return out
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:

@@ -109,7 +109,7 @@ def _steps(draw: np.random.Generator) -> list[list[tuple[int, int]]]:
     ]
 
 
-def _logits(model: LoadedModel, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def run_steps(model: LoadedModel, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of all tokens of all steps, and the pool afterwards with the unwritten as NaN."""
     draw = np.random.default_rng(seed)
     steps = _steps(draw)
@@ -134,9 +134,9 @@ def test_fused_layers_are_as_near_to_the_truth_as_plain_ones(name: str) -> None:
     assert why_not_fused(loaded(name, "plain")) != ""
     seed = int(np.random.default_rng().integers(1 << 30))
     print(f"seed {seed}")
-    exact, exact_pool = _logits(loaded(name, "exact"), seed)
-    plain, _ = _logits(loaded(name, "plain"), seed)
-    fused, fused_pool = _logits(loaded(name, "fused"), seed)
+    exact, exact_pool = run_steps(loaded(name, "exact"), seed)
+    plain, _ = run_steps(loaded(name, "plain"), seed)
+    fused, fused_pool = run_steps(loaded(name, "fused"), seed)
     assert relative_difference(fused, exact) < 1.25 * relative_difference(plain, exact) < 0.1
     worst = (fused - exact).norm(dim=-1) / exact.norm(dim=-1)
     assert float(worst.max()) < 0.25, "one token lies far off"

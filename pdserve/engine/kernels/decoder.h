@@ -6,6 +6,7 @@
 #pragma once
 
 #include "flash.h"
+#include "linear.h"
 
 #if HAS_TILES
 
@@ -87,11 +88,12 @@ struct Cut {
     runs = (panels + run - 1) / run;
   }
   int64_t pieces() const { return blocks * runs; }
+  int64_t begin(int64_t piece) const { return piece / runs * block; }  // its rows
+  int64_t end(int64_t piece) const { return std::min(rows, begin(piece) + block); }
   template <class Each>  // each(panel, begin, end)
   void walk(int64_t piece, Each each) const {
-    const int64_t begin = piece / runs * block, end = std::min(rows, begin + block);
     const int64_t first = piece % runs * run;
-    for (int64_t p = first; p < std::min(panels, first + run); ++p) each(p, begin, end);
+    for (int64_t p = first; p < std::min(panels, first + run); ++p) each(p, begin(piece), end(piece));
   }
 };
 
@@ -140,12 +142,13 @@ class Pass {  // one thread's way through a step
     const int64_t q = panels(layer.query), k = panels(layer.key), v = panels(layer.value);
     const Cut cut(tokens(), q + k + v, s_.step.threads);
     team_.share(stage_, cut.pieces(), [&](int64_t piece) {
+      prepare(layer.query, s_.normed, d_.width, cut.begin(piece), cut.end(piece), scratch_);
       cut.walk(piece, [&](int64_t p, int64_t begin, int64_t end) {
         const int which = p < q ? 0 : p < q + k ? 1 : 2;
         const int64_t own = which == 0 ? p : which == 1 ? p - q : p - q - k;
         uint16_t* to = s_.mixed + p * PANEL;
         panel_product(*parts[which], own, panel_of(*parts[which], own + 1), s_.normed, d_.width,
-                      begin, end, [&](int64_t row, const float* sums) {
+                      begin, end, scratch_, [&](int64_t row, const float* sums) {
                         narrow(to + row * mixed_, _mm512_loadu_ps(sums));
                         narrow(to + row * mixed_ + 16, _mm512_loadu_ps(sums + 16));
                       });
@@ -238,8 +241,9 @@ class Pass {  // one thread's way through a step
   void add(const Linear& linear, const uint16_t* a) {
     const Cut cut(tokens(), panels(linear), s_.step.threads);
     team_.share(stage_, cut.pieces(), [&](int64_t piece) {
+      prepare(linear, a, linear.k, cut.begin(piece), cut.end(piece), scratch_);
       cut.walk(piece, [&](int64_t p, int64_t begin, int64_t end) {
-        panel_product(linear, p, panel_of(linear, p + 1), a, linear.k, begin, end,
+        panel_product(linear, p, panel_of(linear, p + 1), a, linear.k, begin, end, scratch_,
                       [&](int64_t row, const float* sums) {
                         float* to = s_.stream + row * d_.width + p * PANEL;
                         for (int64_t c = 0; c < PANEL; ++c) to[c] += sums[c];
@@ -254,13 +258,14 @@ class Pass {  // one thread's way through a step
     const Cut cut(tokens(), panels(layer.gate), s_.step.threads);
     team_.share(stage_, cut.pieces(), [&](int64_t piece) {
       alignas(64) float gates[BLOCK_ROWS * PANEL];
+      prepare(layer.gate, s_.normed, d_.width, cut.begin(piece), cut.end(piece), scratch_);
       cut.walk(piece, [&](int64_t p, int64_t begin, int64_t end) {
         panel_product(layer.gate, p, panel_of(layer.up, p), s_.normed, d_.width, begin, end,
-                      [&](int64_t row, const float* sums) {
+                      scratch_, [&](int64_t row, const float* sums) {
                         std::memcpy(gates + (row - begin) * PANEL, sums, PANEL * sizeof(float));
                       });
         panel_product(layer.up, p, panel_of(layer.gate, p + 1), s_.normed, d_.width, begin, end,
-                      [&](int64_t row, const float* sums) {
+                      scratch_, [&](int64_t row, const float* sums) {
                         uint16_t* to = s_.active + row * inner + p * PANEL;
                         const float* gate = gates + (row - begin) * PANEL;
                         for (int64_t c = 0; c < PANEL; c += 16) {
@@ -283,10 +288,11 @@ class Pass {  // one thread's way through a step
     });
     const Cut cut(s_.wanted, panels(d_.head), 4 * s_.step.threads);
     team_.share(stage_, cut.pieces(), [&](int64_t piece) {
+      prepare(d_.head, s_.normed, d_.width, cut.begin(piece), cut.end(piece), scratch_);
       cut.walk(piece, [&](int64_t p, int64_t begin, int64_t end) {
         const int64_t count = std::min(PANEL, d_.head.n - p * PANEL);
         panel_product(d_.head, p, panel_of(d_.head, p + 1), s_.normed, d_.width, begin, end,
-                      [&](int64_t row, const float* sums) {
+                      scratch_, [&](int64_t row, const float* sums) {
                         std::memcpy(s_.logits + row * d_.head.n + p * PANEL, sums,
                                     count * sizeof(float));
                       });
@@ -300,6 +306,7 @@ class Pass {  // one thread's way through a step
   int64_t size_, kv_heads_, mixed_ = 0, stage_ = 0;
   FlashScratch flash_;
   Scratch<float> single_;
+  GroupScratch scratch_;
 };
 
 }  // namespace

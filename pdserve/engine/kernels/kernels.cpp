@@ -2,7 +2,6 @@
 
 #include "decoder.h"
 #include "paged.h"
-#include "tiles.h"
 
 namespace {
 
@@ -49,10 +48,11 @@ void pdserve_paged_attention(const Layer* layer, const Step* step, const Call* c
 }
 
 // Bumped with every change of the structures that Python mirrors.
-int64_t pdserve_kernels_abi() { return 2; }
+int64_t pdserve_kernels_abi() { return 3; }
 
-// Whether the two functions below are there.
+// Whether the two functions below are there, and whether they take 8- and 4-bit weights.
 int64_t pdserve_has_tiles() { return HAS_TILES; }
+int64_t pdserve_has_groups() { return HAS_GROUPS; }
 
 #if HAS_TILES
 
@@ -64,10 +64,12 @@ void pdserve_linear(const Linear* linear, const uint16_t* x, uint16_t* out, int6
   const Cut cut(rows, panels(*linear), threads);
   with_team(threads, [&](Team& team) {
     int64_t stage = 0;
+    GroupScratch scratch;
     team.share(stage, cut.pieces(), [&](int64_t piece) {
+      prepare(*linear, x, k, cut.begin(piece), cut.end(piece), scratch);
       cut.walk(piece, [&](int64_t p, int64_t begin, int64_t end) {
         const int64_t count = std::min(PANEL, n - p * PANEL);
-        panel_product(*linear, p, panel_of(*linear, p + 1), x, k, begin, end,
+        panel_product(*linear, p, panel_of(*linear, p + 1), x, k, begin, end, scratch,
                       [&](int64_t row, const float* sums) {
                         uint16_t own[PANEL];
                         narrow(own, _mm512_loadu_ps(sums));

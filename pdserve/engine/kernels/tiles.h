@@ -1,8 +1,8 @@
 // Matrix products on bfloat16 tiles: up to 14 rows by 32 columns, sums in float registers.
 //
-// A weight [n, k] lies packed in panels of 32 outputs: [panel][k / 2][32][2], so that one load holds
-// two neighbouring inputs of 16 outputs, which is what the processor's bfloat16 product takes. The
-// last panel is padded with zeros. Without AVX-512 BF16 nothing here exists (HAS_TILES is 0).
+// The second factor [k, 32] lies packed as [k / 2][32][2], so that one load holds two neighbouring
+// inputs of 16 columns, which is what the processor's bfloat16 product takes. Without AVX-512 BF16
+// nothing here exists (HAS_TILES is 0).
 #pragma once
 
 #include <algorithm>
@@ -18,18 +18,10 @@
 
 namespace {
 
-struct Linear {  // mirrored in tiles.py
-  const uint16_t* packed;  // [panels][k / 2][32][2]
-  const uint16_t* bias;    // [n] or null
-  int64_t n, k;
-};
-
 constexpr int64_t PANEL = 32;
 constexpr int TILE_ROWS = 14;  // 28 sums, two weights and an input fill the 32 registers
 
 #if HAS_TILES
-
-inline int64_t panels(const Linear& linear) { return (linear.n + PANEL - 1) / PANEL; }
 
 // Memory to bring into the second cache while a tile is computed: ``step`` bytes for each pair of
 // inputs, at ``from`` and ``second`` bytes behind it.
@@ -118,50 +110,6 @@ inline __m512 exp_of(__m512 x) {  // like exp_negative of paged.h; clamped to -8
   p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
   p = _mm512_add_ps(_mm512_fmadd_ps(p, _mm512_mul_ps(r, r), r), _mm512_set1_ps(1.0f));
   return _mm512_scalef_ps(p, n);
-}
-
-// Where tile ``index`` of ``tiles`` over one panel should fetch. A lone tile reads its weights from
-// memory, so it fetches a little ahead. Of several, the first two fetch the panel that comes next.
-inline Fetch fetch_of(const uint16_t* panel, const uint16_t* next, int64_t pairs, int64_t index,
-                      int64_t tiles) {
-  const char* own = reinterpret_cast<const char*>(panel);
-  if (tiles == 1) return {own + 4096, 64, 128};
-  if (index > 1) return {own, 0, 0};
-  return {reinterpret_cast<const char*>(next) + index * pairs * 64, 0, 64};
-}
-
-inline const uint16_t* panel_of(const Linear& linear, int64_t panel) {
-  return linear.packed + panel * linear.k * PANEL;
-}
-
-// Products of the rows [begin, end) of ``a`` with one panel, handed to ``take(row, sums)`` row by
-// row; ``sums`` are 32 floats, the bias included. ``next``: the panel to be read after this one.
-template <class Take>
-inline void panel_product(const Linear& linear, int64_t panel, const uint16_t* next,
-                          const uint16_t* a, int64_t lda, int64_t begin, int64_t end, Take take) {
-  alignas(64) float sums[TILE_ROWS * PANEL];
-  const uint16_t* b = panel_of(linear, panel);
-  const int64_t each = tile_rows(end - begin), first = panel * PANEL;
-  alignas(64) float bias[PANEL] = {};
-  if (linear.bias != nullptr) {
-    for (int64_t c = 0; c < std::min(PANEL, linear.n - first); ++c) {
-      const uint32_t wide = static_cast<uint32_t>(linear.bias[first + c]) << 16;
-      std::memcpy(&bias[c], &wide, 4);
-    }
-  }
-  const int64_t pairs = linear.k / 2, tiles = (end - begin + each - 1) / each;
-  for (int64_t index = 0; index < tiles; ++index) {
-    const int64_t row = begin + index * each, rows = std::min(each, end - row);
-    tile_of<false>(rows)(a + row * lda, lda, b, pairs, sums, PANEL,
-                         fetch_of(b, next, pairs, index, tiles));
-    for (int64_t r = 0; r < rows; ++r) {
-      float* own = sums + r * PANEL;
-      if (linear.bias != nullptr) {
-        for (int64_t c = 0; c < PANEL; ++c) own[c] += bias[c];
-      }
-      take(row + r, own);
-    }
-  }
 }
 
 #endif  // HAS_TILES
