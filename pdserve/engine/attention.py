@@ -15,15 +15,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import CDLL
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import AttentionInterface
 
 from pdserve.engine.gather import MaskCache, attend_row, gather_row
+from pdserve.engine.layout import LayerSpan
 from pdserve.engine.native import NativeLayer, NativeStep, native_supports
 from pdserve.engine.plan import StepPlan
 from pdserve.engine.pool_view import LayerView, PoolView
+from pdserve.engine.triton_layer import TritonKernels
 
 IMPLEMENTATION = "pdserve_paged"
 # The attribute of an attention module that holds its PagedLayer.
@@ -32,18 +34,51 @@ LAYER_ATTRIBUTE = "pdserve_layer"
 NATIVE_SHORT_ROWS = 8
 
 
+class Kernels(Protocol):
+    """What writes a step's KV into the pool and attends its short rows there."""
+
+    short_limit: int  # rows of at most so many tokens are short
+
+    def layer(self, pool: PoolView, span: LayerSpan) -> Any:
+        """Bound to a layer; called as NativeLayer is, with what ``step`` made."""
+        ...
+
+    def step(self, plan: StepPlan, device: torch.device) -> Any: ...
+
+
+class _NativeKernels:
+    short_limit = NATIVE_SHORT_ROWS
+
+    def __init__(self, library: CDLL) -> None:
+        self._library = library
+
+    def layer(self, pool: PoolView, span: LayerSpan) -> NativeLayer:
+        return NativeLayer(self._library, pool, span)
+
+    def step(self, plan: StepPlan, device: torch.device) -> NativeStep:
+        return NativeStep(plan)
+
+
+def _kernels_for(library: CDLL | TritonKernels | None, pool: PoolView) -> Kernels | None:
+    if isinstance(library, TritonKernels):
+        return library
+    if library is not None and native_supports(pool.blocks.dtype, pool.blocks.device):
+        return _NativeKernels(library)
+    return None
+
+
 class _Step:
     """What all layers of one step share."""
 
-    __slots__ = ("blocks", "masks", "native", "offsets", "plan")
+    __slots__ = ("blocks", "long_rows", "masks", "offsets", "prepared")
 
-    def __init__(self, plan: StepPlan, native: bool, device: torch.device) -> None:
-        self.plan = plan
+    def __init__(self, plan: StepPlan | None, prepared: Any, device: torch.device) -> None:
+        self.long_rows = plan.long_rows if plan is not None else ()
         self.masks = MaskCache()
-        self.native = NativeStep(plan) if native else None
+        self.prepared = prepared  # for the kernels; None where there are none
         self.blocks: torch.Tensor | None = None
         self.offsets: torch.Tensor | None = None
-        if not native:
+        if prepared is None and plan is not None:
             self.blocks = torch.from_numpy(plan.slot_blocks).to(device)
             self.offsets = torch.from_numpy(plan.slot_offsets).to(device)
 
@@ -52,23 +87,29 @@ class PagedAttention:
     """All layers of one model over one pool; one thread at a time."""
 
     def __init__(
-        self, modules: Sequence[torch.nn.Module], pool: PoolView, library: CDLL | None
+        self,
+        modules: Sequence[torch.nn.Module],
+        pool: PoolView,
+        library: CDLL | TritonKernels | None,
     ) -> None:
         assert len(modules) == len(pool.layers), "one attention module for each layer of the pool"
-        device = pool.blocks.device
-        native = library if native_supports(pool.blocks.dtype, device) else None
+        self._kernels = kernels = _kernels_for(library, pool)
         self.pool = pool
-        self.short_limit = NATIVE_SHORT_ROWS if native else 0
+        self.short_limit = kernels.short_limit if kernels else 0
         self.current: _Step | None = None
         self.calls = 0  # layers that attended in the current step
         self._modules = tuple(modules)
         for index, module in enumerate(modules):
-            kernel = NativeLayer(native, pool, pool.layout.layers[index]) if native else None
+            kernel = kernels.layer(pool, pool.layout.layers[index]) if kernels else None
             setattr(module, LAYER_ATTRIBUTE, _PagedLayer(self, pool.layers[index], kernel))
 
     @contextmanager
-    def step(self, plan: StepPlan) -> Iterator[None]:
-        self.current = _Step(plan, self.short_limit > 0, self.pool.blocks.device)
+    def step(self, plan: StepPlan | None, prepared: Any = None) -> Iterator[None]:
+        """``prepared``, in place of a plan: one of short rows alone, as the kernels want it."""
+        device = self.pool.blocks.device
+        if plan is not None and self._kernels is not None:
+            prepared = self._kernels.step(plan, device)
+        self.current = _Step(plan, prepared, device)
         self.calls = 0
         try:
             yield
@@ -85,9 +126,7 @@ class _PagedLayer:
 
     __slots__ = ("_attention", "_kernel", "_view")
 
-    def __init__(
-        self, attention: PagedAttention, view: LayerView, kernel: NativeLayer | None
-    ) -> None:
+    def __init__(self, attention: PagedAttention, view: LayerView, kernel: Any) -> None:
         self._attention = attention
         self._view = view
         self._kernel = kernel
@@ -111,13 +150,13 @@ class _PagedLayer:
         out = torch.empty(
             (query.shape[1], query.shape[0], value.shape[2]), dtype=kind, device=query.device
         )
-        if self._kernel is not None and step.native is not None:
-            self._kernel(step.native, query, key, value, out, scale, window, softcap)
+        if self._kernel is not None:
+            self._kernel(step.prepared, query, key, value, out, scale, window, softcap)
         else:
             where = (step.blocks, step.offsets)
             view.keys[where] = key.transpose(0, 1)
             view.values[where] = value.transpose(0, 1)
-        for row in step.plan.long_rows:
+        for row in step.long_rows:
             here = slice(row.begin, row.end)
             keys, values = key[:, here], value[:, here]
             if row.start:

@@ -16,6 +16,7 @@ import torch
 
 from pdserve.config import Config
 from pdserve.engine.api import BlockHasher, EventSink
+from pdserve.engine.decode_graph import cuda_capture
 from pdserve.engine.dtypes import resolve_dtype
 from pdserve.engine.engine import Engine
 from pdserve.engine.layout import BlockLayout, block_layout, fingerprint
@@ -28,6 +29,7 @@ from pdserve.engine.quantized import Quantization
 from pdserve.engine.resolve import default_cache
 from pdserve.engine.runner import ModelRunner
 from pdserve.engine.sizing import PoolSize, SizingInputs, measure_memory, size_pool
+from pdserve.engine.triton_layer import TritonKernels, load_triton
 from pdserve.errors import ConfigError, PdserveError
 from pdserve.types import Incarnation, ModelFacts, Numerics
 
@@ -71,7 +73,7 @@ def build_engine(
         device=where,
         quantization=Quantization(config.model.quantization),
         max_model_len=config.model.max_model_len,
-        library=library,
+        library=library if isinstance(library, CDLL) else None,
     )
     report = probe(loaded, library)
     layout = block_layout(config.engine.block_size, loaded.dtype, loaded.shapes)
@@ -89,6 +91,8 @@ def build_engine(
     )
     memory = _allocate(size.blocks, layout, incarnation, where)
     runner = ModelRunner(loaded, pool_view(memory.blocks, layout), library)
+    if isinstance(library, TritonKernels):
+        runner.use_graphs(cuda_capture(where), config.engine.max_running)
     engine = Engine(
         runner=runner,
         block_size=layout.block_size,
@@ -113,15 +117,22 @@ def build_engine(
     return BuiltEngine(engine, memory, layout, _facts(model_path, loaded, layout), notes)
 
 
-def choose_kernel(config: Config, dtype: str, device: torch.device) -> tuple[CDLL | None, str]:
-    """The native kernel, or None to gather; and the line that says why.
+def choose_kernel(
+    config: Config, dtype: str, device: torch.device
+) -> tuple[CDLL | TritonKernels | None, str]:
+    """The native kernels (Triton's on CUDA), or None to gather; and the line that says why.
 
     ConfigError when engine.attention asks for a native kernel that cannot be had.
     """
     wish = config.engine.attention
     if wish == "gather":
         return None, "attention: gather (asked for)"
-    if not native_supports(TORCH_DTYPES[dtype], device):
+    if device.type == "cuda":
+        found = load_triton(device, TORCH_DTYPES[dtype])
+        if found.kernels is not None:
+            return found.kernels, "attention: Triton kernels; decode steps are replayed from graphs"
+        reason = found.reason
+    elif not native_supports(TORCH_DTYPES[dtype], device):
         reason = f"there is no native kernel for {dtype} on {device}"
     else:
         loading = load_native(_kernel_cache(config))

@@ -23,6 +23,7 @@ from pdserve.engine.model import LoadedModel
 from pdserve.engine.pool_view import pool_view
 from pdserve.engine.runner import ModelRunner
 from pdserve.engine.step import Row
+from pdserve.engine.triton_layer import TritonKernels
 from pdserve.errors import ModelRefused
 
 PROMPT_TOKENS = 40
@@ -66,7 +67,7 @@ class _Script:
         return tuple((low, high) for low, high in borders if low < high)
 
 
-def probe(loaded: LoadedModel, library: CDLL | None) -> ProbeReport:
+def probe(loaded: LoadedModel, library: CDLL | TritonKernels | None) -> ProbeReport:
     """ModelRefused when the paged attention does not reproduce the model."""
     script = _script(loaded)
     expected = _eager_logits(loaded, script.tokens, script.prompt)
@@ -130,7 +131,9 @@ def _eager_logits(loaded: LoadedModel, tokens: Sequence[int], prompt: int) -> to
         model.set_attn_implementation(IMPLEMENTATION)
 
 
-def _paged_logits(loaded: LoadedModel, library: CDLL | None, script: _Script) -> torch.Tensor:
+def _paged_logits(
+    loaded: LoadedModel, library: CDLL | TritonKernels | None, script: _Script
+) -> torch.Tensor:
     layout = block_layout(BLOCK_SIZE, loaded.dtype, loaded.shapes)
     own, other = layout.blocks_for(len(script.tokens)), layout.blocks_for(len(script.beside))
     order = np.random.default_rng(11).permutation(own + other).astype(np.int32)

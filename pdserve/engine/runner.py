@@ -13,20 +13,25 @@ from typing import Any
 import torch
 
 from pdserve.engine.attention import PagedAttention
+from pdserve.engine.decode_graph import Capture, DecodeGraphs
+from pdserve.engine.device_plan import DevicePlan
 from pdserve.engine.fused import FusedDecoder, why_not_fused
 from pdserve.engine.model import LoadedModel
 from pdserve.engine.plan import StepPlan, plan_step, wanted_logits
 from pdserve.engine.pool_view import PoolView
 from pdserve.engine.sampler import TokenSampler
 from pdserve.engine.step import Row, RowResult, SamplerState
+from pdserve.engine.triton_layer import TritonKernels
 from pdserve.types import Sampling, TokenLogprob, TokenOut
 
 
 class ModelRunner:
     """Owns the model's binding to one pool. Called on the engine's thread alone."""
 
-    def __init__(self, loaded: LoadedModel, pool: PoolView, library: CDLL | None) -> None:
-        """``library``: the native attention kernel; None gathers."""
+    def __init__(
+        self, loaded: LoadedModel, pool: PoolView, library: CDLL | TritonKernels | None
+    ) -> None:
+        """``library``: the kernels of attention; None gathers."""
         self._loaded = loaded
         self._pool = pool
         self._attention = PagedAttention(loaded.modules, pool, library)
@@ -34,9 +39,18 @@ class ModelRunner:
         self._decoder = _decoder_of(loaded.model)
         reason = why_not_fused(loaded)
         self._fused: FusedDecoder | None = None
-        if library is not None and not reason:
+        if isinstance(library, CDLL) and not reason:
             self._fused = FusedDecoder(loaded, pool, library)
         self.layers_note = f"one by one, because {reason}" if reason else "fused"
+        self._graphs: DecodeGraphs | None = None
+
+    def use_graphs(self, capture: Capture, most_rows: int) -> None:
+        """From now on steps of at most so many single tokens are replayed where they can be."""
+        loaded = self._loaded
+        width = self._pool.layout.blocks_for(loaded.max_model_len)
+        self._graphs = DecodeGraphs(
+            self._graph_pass, capture, loaded.device, most_rows, min(width, self._pool.num_blocks)
+        )
 
     def open_sampler(
         self, sampling: Sampling, token_ids: Sequence[int], prompt_len: int
@@ -95,6 +109,10 @@ class ModelRunner:
         loaded = self._loaded
         if self._fused is not None:
             return self._fused.forward(plan, places)
+        if self._graphs is not None and self._graphs.takes(plan, places):
+            replayed = self._graphs.run(plan)
+            if replayed is not None:
+                return replayed
         inputs: dict[str, Any] = {
             "input_ids": torch.from_numpy(plan.tokens)[None].to(loaded.device),
             "position_ids": torch.from_numpy(plan.positions)[None].to(loaded.device),
@@ -111,6 +129,16 @@ class ModelRunner:
                 return logits
             logits = loaded.model(**inputs).logits[0]
             return logits[where]
+
+    def _graph_pass(self, step: DevicePlan) -> torch.Tensor:
+        """Logits of every token of a step of single tokens, by what lies in its buffer alone."""
+        with self._attention.step(None, step):
+            logits: torch.Tensor = self._loaded.model(
+                input_ids=step.tokens.long()[None],
+                position_ids=step.positions.long()[None],
+                use_cache=False,
+            ).logits[0]
+            return logits
 
 
 def _decoder_of(model: Any) -> Any | None:
