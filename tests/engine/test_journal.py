@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -106,7 +107,8 @@ def test_each_preemption_and_its_end_are_one_phase() -> None:
     decode = only(found, PhaseName.DECODE)
     again = [p for p in found if p.name is PhaseName.CHUNK and p.start_ns >= gaps[0].end_ns]
     assert again
-    assert decode.start_ns <= gaps[0].start_ns <= gaps[-1].end_ns <= decode.end_ns
+    assert decode.start_ns < gaps[0].start_ns <= gaps[-1].end_ns <= decode.end_ns
+    assert all(a.end_ns <= b.start_ns for a, b in itertools.pairwise(gaps))
     assert not [p for p in phases(world, old) if p.name is PhaseName.PREEMPTED]
 
 
