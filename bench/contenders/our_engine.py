@@ -1,4 +1,4 @@
-"""Our engine without anything around it: ``python our_engine.py MODEL_FOLDER``."""
+"""Our engine alone: ``python our_engine.py MODEL_FOLDER [none|int8|int4]``."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from bench.bare_engine import bare_engine
 from pdserve.config import Config
 
 
-def main(folder: str) -> None:
+def main(folder: str, quantization: str = "none") -> None:
     plain = Config()
-    config = dataclasses.replace(plain, model=dataclasses.replace(plain.model, path=folder))
+    model = dataclasses.replace(plain.model, path=folder, quantization=quantization)
+    config = dataclasses.replace(plain, model=model)
     with bare_engine(config) as engine:
 
         def answer(turn: Turn) -> Seen:
@@ -24,9 +25,9 @@ def main(folder: str) -> None:
             times = [[each.began + at for at in each.wait()] for each in running]
             return seen(began, times)
 
-        layers = next(note for note in engine.built.notes if note.startswith("layers"))
-        take_turns(answer, {"engine": f"pdserve, {layers}"})
+        told = [note for note in engine.built.notes if note.startswith(("layers", "weights"))]
+        take_turns(answer, {"engine": f"pdserve, {', '.join(told)}"})
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

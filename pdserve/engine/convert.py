@@ -51,8 +51,8 @@ def _convert(gguf: Path, target: Path, progress: ProgressSink) -> None:
         _check_room(work / "room", gguf.stat().st_size)
         write_folder(gguf, work, progress)
         work.chmod(0o755)
-        for file in work.iterdir():
-            file.chmod(0o644)
+        for path in work.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)
         work.rename(target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
