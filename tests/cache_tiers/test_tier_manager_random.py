@@ -12,6 +12,9 @@ from pdserve.engine.api import PinTicket, TierReadDone, Unpin
 from pdserve.types import BlockKey, Tier
 
 H, R = Tier.HOST, Tier.REDIS
+# What is there is compared, not how fast it comes: a machine that stands still for a moment is no
+# failure of Redis, which would rightly read as a miss.
+PATIENT_S = 5.0
 
 
 def test_random_steps_agree_with_a_plain_dictionary(
@@ -22,7 +25,7 @@ def test_random_steps_agree_with_a_plain_dictionary(
     print(f"seed {seed}")
     draw = random.Random(seed)
     chains = [[BlockKey(draw.randbytes(16)) for _ in range(8)] for _ in range(3)]
-    world = open_world(worlds, real_redis.url, host=24)
+    world = open_world(worlds, real_redis.url, host=24, timeout_s=PATIENT_S)
     in_host: set[BlockKey] = set()
     in_redis: set[BlockKey] = set()
     for _ in range(200):
@@ -63,7 +66,14 @@ def test_random_jobs_agree_with_what_was_written(
     print(f"seed {seed}")
     draw = random.Random(seed)
     chains = [[BlockKey(draw.randbytes(16)) for _ in range(10)] for _ in range(3)]
-    world = open_world(worlds, real_redis.url, host=9, blocks=2000, breaker_open_s=0.05)
+    world = open_world(
+        worlds,
+        real_redis.url,
+        host=9,
+        blocks=2000,
+        breaker_open_s=0.05,
+        timeout_s=PATIENT_S,
+    )
     written: set[BlockKey] = set()
     reads: list[tuple[object, list[BlockKey], int]] = []
     writes: list[PinTicket] = []
