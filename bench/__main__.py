@@ -22,6 +22,7 @@ MEASUREMENTS = {
     "startup": "from the command to the first token: ours and vLLM's server",
     "quality": "what quantized weights cost: perplexity and greedy agreement beside float32",
     "handoff": "KV blocks over shared memory and TCP, beside memcpy and a bare socket",
+    "loading": "reading weights, cold and warm, beside transformers, load_file and the disk",
     "redis_values": "the Redis tier beside pipelined redis-py",
     "added": "what the way through the cluster adds to the bare engine",
     "router_alone": "the router over workers that answer at once, beside sglang-router",

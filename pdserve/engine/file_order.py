@@ -1,7 +1,8 @@
 """Reads checkpoint files from front to back once, by threads that run ahead of whoever uses them.
 
     plan_windows(shards) -> windows    pure: consecutive bytes, and the tensors they belong to
-    for window, bytes in FileOrderReader(...)   in order; asking for the next gives this one back
+    with FileOrderReader(...) as reader:    the threads begin to read
+        for window, views in reader: ...    in order; asking for the next gives this one back
 
 Readers claim windows in file order, so the disk sees one forward scan. No more than ``ahead``
 windows are read and not yet given back, which bounds the memory that reading takes. Files go
@@ -16,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Self
 
 from pdserve.engine.safetensors_file import Shard
 from pdserve.errors import BadWeights
@@ -77,7 +79,7 @@ def windows_ahead(shards: Sequence[Shard]) -> int:
 
 
 class FileOrderReader:
-    """Iterated once, by one thread: windows, and the memory that each was read into.
+    """Entered and iterated once, by one thread: windows, and the memory each was read into.
 
     ``room`` says where a window's bytes go; it is called in order, under a lock, and must be quick.
 
@@ -104,31 +106,38 @@ class FileOrderReader:
         self._views: dict[int, Sequence[memoryview]] = {}  # of windows that are read
         self._failure: Exception | None = None
         self._closed = False
+        self._ending = ExitStack()
 
-    def __iter__(self) -> Iterator[tuple[Window, Sequence[memoryview]]]:
-        with ExitStack() as open_files:
-            files = [open_files.enter_context(shard.path.open("rb", 0)) for shard in self._shards]
+    def __enter__(self) -> Self:
+        with ExitStack() as ending:
+            files = [ending.enter_context(shard.path.open("rb", 0)) for shard in self._shards]
             numbers = [file.fileno() for file in files]
             for number in numbers:
                 os.posix_fadvise(number, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-            threads = [
-                threading.Thread(target=self._run, args=(numbers,), name=f"pdserve-read-{index}")
-                for index in range(min(self._readers, len(self._windows)))
-            ]
-            for thread in threads:
+            for index in range(min(self._readers, len(self._windows))):
+                thread = threading.Thread(
+                    target=self._run, args=(numbers,), name=f"pdserve-read-{index}"
+                )
                 thread.start()
-            try:
-                for index, window in enumerate(self._windows):
-                    yield window, self._wait_for(index)
-                    with self._changed:
-                        self._given_back = index + 1
-                        self._changed.notify_all()
-            finally:
-                with self._changed:
-                    self._closed = True
-                    self._changed.notify_all()
-                for thread in threads:
-                    thread.join()
+                ending.callback(thread.join)
+            ending.callback(self._close)
+            self._ending = ending.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ending.close()
+
+    def __iter__(self) -> Iterator[tuple[Window, Sequence[memoryview]]]:
+        for index, window in enumerate(self._windows):
+            yield window, self._wait_for(index)
+            with self._changed:
+                self._given_back = index + 1
+                self._changed.notify_all()
+
+    def _close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
 
     def _wait_for(self, index: int) -> Sequence[memoryview]:
         with self._changed:

@@ -63,6 +63,10 @@ class HostLanding:
         self._stored = stored
         self._finals: list[torch.Tensor | None] = list(finals)
         self._raw: dict[int, torch.Tensor] = {}  # of tensors in part read, the file's type
+        # Whether everything is read right where it will stay.
+        self.direct = all(
+            STORED[one.dtype] is final.dtype for one, final in zip(stored, finals, strict=True)
+        )
 
     def room(self, window: Window) -> Sequence[memoryview]:
         return [memoryview_of(self._raw_of(part))[part.begin : part.end] for part in window.parts]

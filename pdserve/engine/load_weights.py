@@ -1,8 +1,9 @@
 """From a model folder's files to a model with its weights, in one pass over each file.
 
-    headers checked -> model built over empty tensors, its layers not yet filled
-      -> files read in order (file_order.py), tensors landed (landing.py), hashed on the way
-      -> each complete tensor put where the model wants it; a linear layer packed at once
+    headers checked -> threads begin to read the files in order (file_order.py)
+      -> meanwhile the model is built over empty tensors, which the files will fill
+      -> tensors land (landing.py), hashed on the way
+      -> each complete tensor is put where the model wants it; a linear layer is packed at once
       -> everything filled -> ReadModel
 
 The empty tensors take no memory until they are written. A model whose tensors the library itself
@@ -13,7 +14,8 @@ transformers' own loader on the same folder is the reference (tests/engine/test_
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,23 +47,37 @@ def read_model(
         shards = read_shards(path)
         stored = [tensor for shard in shards for tensor in shard.tensors]
         finals = _empty(stored, dtype)
-        model = _build(path, config, dtype, finals)
-        places = _places(model, finals)
-        if places is None:
-            del model, finals
-            return _read_then_build(path, config, dtype, device, shards, packer)
-        filling = _Filling(model, places, packer)
-        landing: Landing
-        if device.type == "cpu":
-            landing = HostLanding(stored, list(finals.values()))
-        else:
-            dtypes = [final.dtype for final in finals.values()]
-            landing = StagedLanding(stored, dtypes, device, windows_ahead(shards))
-        del finals
-        revision = _read(shards, landing, filling.put)
+        with _reading(shards, finals, device, packer is not None) as (reader, landing):
+            model = _build(path, config, dtype, finals)
+            places = _places(model, finals)
+            finals.clear()
+            if places is not None:
+                filling = _Filling(model, places, packer)
+                revision = _read(shards, reader, landing, filling.put)
+                return ReadModel(model.to(device), revision)
+        del model
+        return _read_then_build(path, config, dtype, device, shards, packer)
     except OSError as error:
         raise BadWeights(f"{path} cannot be read: {first_line(error)}") from error
-    return ReadModel(model.to(device), revision)
+
+
+@contextmanager
+def _reading(
+    shards: Sequence[Shard], finals: Mapping[str, torch.Tensor], device: torch.device, packs: bool
+) -> Iterator[tuple[FileOrderReader, Landing]]:
+    """The files' reader, at work, and where it reads to."""
+    stored = [tensor for shard in shards for tensor in shard.tensors]
+    tensors = [finals[one.name] for one in stored]
+    windows, ahead = plan_windows(shards), windows_ahead(shards)
+    landing: Landing
+    if device.type == "cpu":
+        landing = HostLanding(stored, tensors)
+        if not packs and landing.direct:
+            ahead = len(windows)  # what is read early lies where it will stay
+    else:
+        landing = StagedLanding(stored, [tensor.dtype for tensor in tensors], device, ahead)
+    with FileOrderReader(shards, windows, landing.room, ahead) as reader:
+        yield reader, landing
 
 
 class _Revision:
@@ -90,11 +106,13 @@ class _Revision:
 
 
 def _read(
-    shards: Sequence[Shard], landing: Landing, put: Callable[[int, torch.Tensor], None]
+    shards: Sequence[Shard],
+    reader: FileOrderReader,
+    landing: Landing,
+    put: Callable[[int, torch.Tensor], None],
 ) -> str:
-    """Everything is read, landed and given to ``put(number, tensor)``; the revision."""
+    """Everything is landed and given to ``put(number, tensor)``; the revision."""
     revision = _Revision(shards)
-    reader = FileOrderReader(shards, plan_windows(shards), landing.room, windows_ahead(shards))
     for window, views in reader:
         revision.update(window.shard, views)
         for number, tensor in landing.land(window):
@@ -228,8 +246,8 @@ def _read_then_build(
     def put(number: int, tensor: torch.Tensor) -> None:
         tensors[stored[number].name] = tensor
 
-    landing = HostLanding(stored, list(_empty(stored, None).values()))
-    revision = _read(shards, landing, put)
+    with _reading(shards, _empty(stored, None), torch.device("cpu"), False) as (reader, landing):
+        revision = _read(shards, reader, landing, put)
     tensors |= {one.name: torch.empty(one.shape) for one in stored if one.nbytes == 0}
     model = _build(path, config, dtype, tensors).to(device)
     if packer is not None:

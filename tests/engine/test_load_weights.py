@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,10 @@ def same(found: Any, expected: Any) -> None:
         assert torch.equal(mine_, theirs_), name
 
 
+class Staged(StagedLanding):
+    direct = False
+
+
 @pytest.mark.parametrize("kind", list(CONFIGS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("staged", [False, True], ids=["host", "staged"])
@@ -94,7 +98,7 @@ def test_it_is_the_model_that_transformers_loads(
         monkeypatch.setattr(
             load_weights,
             "HostLanding",
-            lambda stored, finals: StagedLanding(stored, [f.dtype for f in finals], CPU, 2),
+            lambda stored, finals: Staged(stored, [f.dtype for f in finals], CPU, 2),
         )
     config = transformers.AutoConfig.from_pretrained(folder)
     read = read_model(folder, config, dtype, CPU, None)
@@ -185,10 +189,11 @@ def test_readers_never_run_further_ahead_than_they_may(tmp_path: Path) -> None:
         return [memoryview(bytearray(window.size))]
 
     whole = b""
-    for window, views in FileOrderReader(shards, windows, room, ahead=3, readers=4):
-        whole += b"".join(bytes(view) for view in views)
-        assert window is windows[used]
-        used += 1
+    with FileOrderReader(shards, windows, room, ahead=3, readers=4) as reader:
+        for window, views in reader:
+            whole += b"".join(bytes(view) for view in views)
+            assert window is windows[used]
+            used += 1
     assert whole == b"".join(s.path.read_bytes()[len(s.head) :] for s in shards)
     assert asked == list(windows), "each window once, in file order"
     assert not [t for t in threading.enumerate() if t.name.startswith("pdserve-read")]
@@ -198,12 +203,14 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path: Path) -> None
     shards = shards_of(tmp_path, [[4000]], 3)
     shards[0].path.write_bytes(shards[0].path.read_bytes()[:2000])
 
-    def everything() -> Iterator[object]:
-        room = lambda window: [memoryview(bytearray(window.size))]  # noqa: E731
-        yield from FileOrderReader(shards, plan_windows(shards, 256), room, ahead=2)
+    def room(window: Window) -> list[memoryview]:
+        return [memoryview(bytearray(window.size))]
 
-    with pytest.raises(BadWeights, match="it was cut off at byte"):
-        list(everything())
+    with (
+        FileOrderReader(shards, plan_windows(shards, 256), room, ahead=2) as reader,
+        pytest.raises(BadWeights, match="it was cut off at byte"),
+    ):
+        list(reader)
     assert not [t for t in threading.enumerate() if t.name.startswith("pdserve-read")]
 
 

@@ -1,0 +1,102 @@
+"""Loads a model folder again and again in one way: ``loader.py WAY FOLDER``, a turn for each line.
+
+Answers a line of JSON: seconds until every weight lies in memory and was touched once, how far the
+process grew meanwhile, and what the disk had to read for it. What was loaded is let go.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from bench.disk import read_directly
+from pdserve.engine.linear import LinearPacker
+from pdserve.engine.load_weights import read_model
+from pdserve.engine.native import load_native
+from pdserve.engine.resolve import default_cache
+
+CPU = torch.device("cpu")
+PAGE = 4096
+
+
+def main(way: str, folder: Path) -> None:
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print goes elsewhere
+    load = ways(folder)[way]
+    print(json.dumps({"ready": way}), file=out, flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(turn(load)), file=out, flush=True)
+
+
+def ways(folder: Path) -> dict[str, Callable[[], object]]:
+    library = load_native(default_cache() / "kernels").kernels
+
+    def ours(packer: LinearPacker | None = None) -> object:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        return read_model(folder, config, torch.bfloat16, CPU, packer)
+
+    def theirs() -> object:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        touch(model.parameters())
+        return model
+
+    def plain() -> object:
+        tensors = [load_file(file) for file in sorted(folder.glob("*.safetensors"))]
+        for own in tensors:
+            touch(own.values())
+        return tensors
+
+    return {
+        "ours": ours,
+        "ours, packed": lambda: ours(LinearPacker(library)),
+        "transformers": theirs,
+        "load_file": plain,
+        "disk": lambda: read_directly(sorted(folder.glob("*.safetensors"))),
+    }
+
+
+def touch(tensors: Iterable[torch.Tensor]) -> None:
+    """Reads a byte of every page: a mapped file may not be in memory before."""
+    for tensor in tensors:
+        int(tensor.detach().reshape(-1).view(torch.uint8)[::PAGE].sum())
+
+
+def turn(load: Callable[[], object]) -> dict[str, float]:
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    before, read = kilobytes("VmRSS"), read_bytes()
+    began = time.perf_counter()
+    loaded = load()
+    took = time.perf_counter() - began
+    grown = kilobytes("VmHWM") - before
+    del loaded
+    return {"seconds": took, "grown": 1024.0 * grown, "from_disk": float(read_bytes() - read)}
+
+
+def kilobytes(name: str) -> int:
+    for line in Path("/proc/self/status").read_text("ascii").splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1])
+    raise KeyError(name)
+
+
+def read_bytes() -> int:
+    for line in Path("/proc/self/io").read_text("ascii").splitlines():
+        if line.startswith("read_bytes:"):
+            return int(line.split()[1])
+    raise KeyError("read_bytes")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
