@@ -1,7 +1,7 @@
 """Loads a model folder again and again in one way: ``loader.py WAY FOLDER``, a turn for each line.
 
-Answers a line of JSON: seconds until every weight lies in memory and was touched once, how far the
-process grew meanwhile, and what the disk had to read for it. What was loaded is let go.
+Answers a line of JSON: seconds until every weight lies in memory and was touched once, by how much
+the process grew at most, what the weights take (bytes), and what the disk had to read for it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ import transformers
 from safetensors.torch import load_file
 
 from bench.disk import read_directly
-from pdserve.engine.linear import LinearPacker
+from pdserve.engine.linear import LinearPacker, PackedLinear
 from pdserve.engine.load_weights import read_model
 from pdserve.engine.native import load_native
 from pdserve.engine.resolve import default_cache
+from pdserve.engine.tiles import TiledLinear
 
 CPU = torch.device("cpu")
 PAGE = 4096
@@ -43,7 +44,7 @@ def ways(folder: Path) -> dict[str, Callable[[], object]]:
 
     def ours(packer: LinearPacker | None = None) -> object:
         config = transformers.AutoConfig.from_pretrained(folder)
-        return read_model(folder, config, torch.bfloat16, CPU, packer)
+        return read_model(folder, config, torch.bfloat16, CPU, packer).model
 
     def theirs() -> object:
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
@@ -79,9 +80,25 @@ def turn(load: Callable[[], object]) -> dict[str, float]:
     began = time.perf_counter()
     loaded = load()
     took = time.perf_counter() - began
-    grown = kilobytes("VmHWM") - before
+    grown, weights = kilobytes("VmHWM") - before, bytes_of(loaded)
     del loaded
-    return {"seconds": took, "grown": 1024.0 * grown, "from_disk": float(read_bytes() - read)}
+    from_disk = read_bytes() - read
+    return {
+        "seconds": took,
+        "grown": 1024.0 * grown,
+        "weights": float(weights),
+        "from_disk": float(from_disk),
+    }
+
+
+def bytes_of(loaded: object) -> int:
+    """What the weights of a model take; 0 for anything else."""
+    if not isinstance(loaded, torch.nn.Module):
+        return 0
+    tensors = [*loaded.parameters(), *loaded.buffers()]
+    tensors += [m.packed for m in loaded.modules() if isinstance(m, TiledLinear | PackedLinear)]
+    kept = {id(tensor): tensor for tensor in tensors}
+    return sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
 
 
 def kilobytes(name: str) -> int:

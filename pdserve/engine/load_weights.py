@@ -76,6 +76,7 @@ def _reading(
             ahead = len(windows)  # what is read early lies where it will stay
     else:
         landing = StagedLanding(stored, [tensor.dtype for tensor in tensors], device, ahead)
+    del tensors  # the landing lets each go as soon as it is complete
     with FileOrderReader(shards, windows, landing.room, ahead) as reader:
         yield reader, landing
 
