@@ -7,6 +7,7 @@ import grpc.aio
 from pdserve.errors import ProtocolError
 from pdserve.rpc import convert
 from pdserve.v1 import worker_pb2, worker_pb2_grpc
+from router.readiness import Readiness
 from router.registry import Registry
 
 MAX_WORKERS = 4096
@@ -15,8 +16,9 @@ MAX_WORKERS = 4096
 class MembershipService(worker_pb2_grpc.MembershipServicer):
     """Checks the whole list before the registry sees any of it."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, readiness: Readiness) -> None:
         self._registry = registry
+        self._readiness = readiness
 
     async def SetWorkers(
         self, request: worker_pb2.SetWorkersRequest, _context: grpc.aio.ServicerContext
@@ -30,6 +32,7 @@ class MembershipService(worker_pb2_grpc.MembershipServicer):
             raise ProtocolError("workers: an id occurs twice")
         plan = convert.plan_from_proto(request.plan)
         self._registry.set_workers(workers, plan)
+        self._readiness.control_plane(away=request.control_plane_away)
         return worker_pb2.SetWorkersResponse()
 
     async def InFlight(

@@ -2,6 +2,7 @@
 
     self-test -> proved(...)       a request went the whole way, or why it did not
               -> kv_moved(...)     what became of the KV of a request that was given to a pair
+    owner     -> control_plane(..) whether workers that die can be started again
     fronts    -> judge()           both, with what workers and their KV events say now
 
 Observed here, decided in router/separation.py.
@@ -16,10 +17,14 @@ from pdserve.types import Reach, Tier, WorkerState
 from router.api import WorkerView
 from router.kv_view import KvView
 from router.registry import Registry
-from router.separation import Observed, Shortfall, TierReport, shortfalls
+from router.separation import Cause, Observed, Shortfall, TierReport, shortfalls
 
 # Heartbeats that a worker may miss before it is suspect; its events are given twice as long.
 UNHEARD_FACTOR = 2.0
+AWAY = Shortfall(
+    Cause.CONTROL_PLANE_AWAY,
+    "Ray's control plane is away: streams run on, and no worker is started until it is back",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +44,7 @@ class Readiness:
         self._unheard_limit_s = UNHEARD_FACTOR * config.timers.dead_after_s
         self._proof = (False, "no request has gone the whole way yet")
         self._unmoved = ""
+        self._away = False
         self._reached: frozenset[Tier] = frozenset()
 
     def proved(self, proven: bool, why: str) -> None:
@@ -49,13 +55,18 @@ class Readiness:
         """``unmoved``: why a pair's KV did not move; empty when it did, or there is no pair."""
         self._unmoved = unmoved
 
+    def control_plane(self, *, away: bool) -> None:
+        """As whoever starts the workers sees it."""
+        self._away = away
+
     def judge(self) -> Judgement:
         """Leaves out whether a request could be placed now."""
         found = shortfalls(self._observe())
         proven, why = self._proof
         if proven and found and self._strict:
             proven, why = False, "; ".join(one.text for one in found)
-        return Judgement(proven, "" if proven else why, found)
+        told = (*found, AWAY) if self._away else found
+        return Judgement(proven, "" if proven else why, told)
 
     def _observe(self) -> Observed:
         ready = [v for v in self._registry.snapshot() if v.state is WorkerState.READY]

@@ -20,6 +20,7 @@ class Cause(enum.Enum):
     KV_NOT_MOVED = "kv_not_moved"
     TIER_UNREACHED = "tier_unreached"
     EVENTS_UNHEARD = "events_unheard"
+    CONTROL_PLANE_AWAY = "control_plane_away"  # judged elsewhere: no request suffers from it
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,6 @@ Nothing here imports torch, ray or the workers' rooms.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import signal
 from collections.abc import Callable
@@ -71,7 +70,7 @@ class RouterServer:
         """Listens everywhere. ConfigError names the address that is taken."""
         self._internal = make_server(self._boot.identity)
         worker_pb2_grpc.add_MembershipServicer_to_server(
-            MembershipService(self._registry), self._internal
+            MembershipService(self._registry, self.dispatcher.readiness), self._internal
         )
         admin_pb2_grpc.add_LoggingServicer_to_server(LoggingService(), self._internal)
         port = bind(self._internal, self._boot.internal_address, self._boot.identity.tls)
@@ -151,6 +150,5 @@ async def serve(boot: RouterBoot, announce: Callable[[Addresses], None]) -> None
         await asyncio.wait((stopping, hurry), return_when=asyncio.FIRST_COMPLETED)
         hurry.cancel()
         if not stopping.done():
-            stopping.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await stopping
+            await server.dispatcher.drained(0.0)
+        await stopping

@@ -76,7 +76,7 @@ def run(parsed: argparse.Namespace) -> int:
         _announce(cluster, time.monotonic() - began)
         ready = True
         cluster.broken.wait()
-        raise InternalError("the cluster broke; see its logs")
+        raise InternalError(f"{cluster.broken_by}, and the cluster with it; see its logs")
     except KeyboardInterrupt:
         return 0 if ready else _INTERRUPTED
     finally:

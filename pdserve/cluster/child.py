@@ -121,18 +121,13 @@ class Child:
         if self._failure is not None:
             raise self._failure
 
-    def stop(self, timeout_s: float) -> None:
-        """SIGTERM, then SIGKILL after ``timeout_s``; returns when the process has ended."""
+    def stop(self, *timeouts_s: float) -> None:
+        """SIGTERM before each of these waits, SIGKILL after the last; returns when it has ended."""
         self._stopping.set()
         with self._lock:
             process = self._process
         if process is not None:
-            process.terminate()
-            try:
-                process.wait(timeout_s)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            _end(process, timeouts_s)
         if self._thread.ident is not None:
             self._thread.join()
 
@@ -193,6 +188,18 @@ class Child:
         self._on_ready(again)
         self._settled.set()
         return True
+
+
+def _end(process: subprocess.Popen[bytes], timeouts_s: Sequence[float]) -> None:
+    for timeout_s in timeouts_s:
+        process.terminate()
+        try:
+            process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            continue
+        return
+    process.kill()
+    process.wait()
 
 
 def _popen(

@@ -6,7 +6,8 @@ Of one worker:
 
 An actor is asked again only when it answered the last time, so a frozen one costs one pending call
 and holds up nobody; the router's own heartbeats judge it. While Ray's control plane does not
-answer, nobody is declared gone: what the router knows stays as it is and streams run on.
+answer, nobody is declared gone: what the router knows stays as it is and streams run on. An actor
+from before such a time that ends after it is replaced: Ray may not tell of it again (decision 5).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -42,10 +43,17 @@ RESTART_POLL_MAX_S = 10.0
 REPUSH_S = 10.0
 _REFUSED = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
 CONTROL_PLANE_TIMEOUT_S = 2.0
+CONTROL_PLANE_LOOK_S = 1.0
 
 
-# The router's generation, who exists, and what is wanted of whom.
-_Truth = tuple[int, tuple[WorkerFacts, ...], tuple[tuple[WorkerId, Duty], ...]]
+@dataclass(frozen=True, slots=True)
+class _Truth:
+    """What the router is told."""
+
+    generation: int  # the router's; it knows nothing of what an earlier one was told
+    workers: tuple[WorkerFacts, ...]  # who exist
+    plan: tuple[tuple[WorkerId, Duty], ...]  # what is wanted of whom
+    away: bool  # Ray's control plane: all of this is as it was
 
 
 class Router(Protocol):
@@ -72,6 +80,15 @@ def _pause(seen: Seen) -> float:
     return min(RESTART_POLL_MAX_S, STARTING_POLL_S * 2.0 ** min(seen.fruitless, 20))
 
 
+def _head_of(nodes: Iterable[Mapping[str, Any]]) -> frozenset[str]:
+    """Ids of the node that the control plane runs on; a new one has another."""
+    return frozenset(
+        str(node["NodeID"])
+        for node in nodes
+        if node["Alive"] and "node:__internal_head__" in node["Resources"]
+    )
+
+
 class Membership:
     """Owns a thread with an event loop. ``seen`` and ``wait`` may be called from anywhere."""
 
@@ -83,7 +100,9 @@ class Membership:
         identity: Identity,
         timers: TimersConfig,
         note: Callable[[str], None],
+        renew: Callable[[WorkerId], Any | None],
     ) -> None:
+        """``renew`` replaces a worker's actor, if it may; it blocks."""
         # Changed by other threads, under the lock of ``_changed``.
         self._actors = dict(actors)
         self._duties = dict.fromkeys(actors, Duty.SERVE)
@@ -92,10 +111,13 @@ class Membership:
         self._identity = identity
         self._timers = timers
         self._note = note
+        self._renew = renew
         self._seen = {worker: Seen() for worker in actors}
         self._changed = threading.Condition()
         # The router's generation, and what it was told.
-        self._pushed: _Truth = (0, (), ())
+        self._pushed: _Truth | None = None
+        self._away = False
+        self._returns = 0  # of the control plane
         self._watchers: dict[WorkerId, asyncio.Task[None]] = {}
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
@@ -179,7 +201,8 @@ class Membership:
     def _truth(self) -> _Truth:
         """Under the lock."""
         present = tuple(seen.facts for seen in self._seen.values() if seen.facts is not None)
-        return self._router.generation, present, tuple(self._duties.items())
+        plan = tuple(self._duties.items())
+        return _Truth(self._router.generation, present, plan, self._away)
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -187,20 +210,21 @@ class Membership:
 
     async def _main(self) -> None:
         push = asyncio.create_task(self._push_changes())
+        look = asyncio.create_task(self._look_for_control_plane())
         stop = asyncio.create_task(self._stop.wait())
         try:
             while not stop.done():
                 self._replanned.clear()
                 self._follow_plan()
                 replanned = asyncio.create_task(self._replanned.wait())
-                tasks = (push, stop, replanned, *self._watchers.values())
+                tasks = (push, look, stop, replanned, *self._watchers.values())
                 # A watcher never ends by itself; if one does, its error must not be lost.
                 done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 replanned.cancel()
                 for task in done:
                     task.result()
         finally:
-            tasks = (push, stop, *self._watchers.values())
+            tasks = (push, look, stop, *self._watchers.values())
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -217,12 +241,15 @@ class Membership:
 
     async def _watch(self, worker: WorkerId, actor: Any) -> None:
         """Until it is cancelled, which may be a while after the worker was dropped."""
+        heard_of = self._returns
         while True:
             try:
                 answer = await asyncio.wrap_future(actor.describe.remote().future())
             except RayActorError:
-                if await self._control_plane_answers():
+                if await self._nodes() is not None:
                     self._set_gone(worker)
+                    if heard_of != (returns := self._returns):
+                        actor, heard_of = await self._renewed(worker, actor), returns
             except RayError as error:
                 logger.warning("%s: asking it failed: %s", worker, type(error).__name__)
             else:
@@ -231,6 +258,16 @@ class Membership:
                 else:
                     self._set_failed(worker, answer)
             await asyncio.sleep(_pause(self._before(worker)))
+
+    async def _renewed(self, worker: WorkerId, actor: Any) -> Any:
+        loop = asyncio.get_running_loop()
+        made = await loop.run_in_executor(self._control, self._renew, worker)
+        if made is None:
+            return actor
+        with self._changed:
+            if worker in self._actors:
+                self._actors[worker] = made
+        return made
 
     def _before(self, worker: WorkerId) -> Seen:
         with self._changed:
@@ -269,16 +306,40 @@ class Membership:
         self._note(f"{worker} does not start: {failure.message}")
         self._set(worker, replace(before, facts=None, failure=failure))
 
-    async def _control_plane_answers(self) -> bool:
+    async def _look_for_control_plane(self) -> None:
+        head: frozenset[str] = frozenset()
+        while True:
+            await asyncio.sleep(CONTROL_PLANE_LOOK_S)
+            nodes = await self._nodes()
+            if nodes is None:
+                self._set_away(True)
+                continue
+            before, head = head, _head_of(nodes)
+            # One that came back between two looks has another head.
+            self._returns += self._away or bool(before - head)
+            self._set_away(False)
+
+    def _set_away(self, away: bool) -> None:
+        if away is self._away:
+            return
+        self._note(f"Ray's control plane {'is away' if away else 'answers again'}")
+        with self._changed:
+            self._away = away
+        self._poke.set()
+
+    async def _nodes(self) -> Sequence[Mapping[str, Any]] | None:
+        """Ray's nodes; None while its control plane does not answer."""
         loop = asyncio.get_running_loop()
         if self._control_call is None or self._control_call.done():
             self._control_call = loop.run_in_executor(self._control, ray.nodes)
         call = asyncio.shield(self._control_call)
         try:
-            await asyncio.wait_for(call, CONTROL_PLANE_TIMEOUT_S)
+            nodes: Sequence[Mapping[str, Any]] = await asyncio.wait_for(
+                call, CONTROL_PLANE_TIMEOUT_S
+            )
         except (TimeoutError, RayError, RuntimeError, ConnectionError):
-            return False
-        return True
+            return None
+        return nodes
 
     async def _push_changes(self) -> None:
         while True:
@@ -296,12 +357,13 @@ class Membership:
 
     async def _push(self) -> bool:
         with self._changed:
-            truth = generation, workers, duties = self._truth()
-        if generation == 0:
+            truth = self._truth()
+        if truth.generation == 0:
             return False
         request = worker_pb2.SetWorkersRequest(
-            workers=[convert.worker_facts_to_proto(worker) for worker in workers],
-            plan=convert.plan_to_proto(dict(duties)),
+            workers=[convert.worker_facts_to_proto(worker) for worker in truth.workers],
+            plan=convert.plan_to_proto(dict(truth.plan)),
+            control_plane_away=truth.away,
         )
         async with make_channel(self._internal_address(), self._identity) as channel:
             stub = worker_pb2_grpc.MembershipStub(channel)

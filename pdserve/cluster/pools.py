@@ -134,6 +134,9 @@ class Pools:
         self.plans = tuple(plans)
         self.actors: dict[WorkerId, Any] = {}
         self._groups: dict[WorkerId, PlacementGroup] = {}
+        self._renewed: dict[WorkerId, int] = {}
+        self._added: dict[WorkerId, WorkerPlan] = {}
+        self._changing = threading.Lock()  # of who has which actor
 
     def create(self) -> None:
         """Asks Ray for all actors at once and returns; they start side by side."""
@@ -144,6 +147,7 @@ class Pools:
     def add(self, plan: WorkerPlan) -> Any:
         """Asks Ray for one more actor, and returns its handle."""
         group = self._groups[plan.id] = placement_group([_bundle(plan)], lifetime="detached")
+        self._added[plan.id] = plan
         actor = self.actors[plan.id] = self._actor(plan, group)
         # The start begins with the first question; membership asks again and hears the answer.
         actor.describe.remote()
@@ -151,11 +155,28 @@ class Pools:
 
     def remove(self, worker: WorkerId, present: bool, timeout_s: float) -> None:
         """Ends a worker for good: in order where it is ``present``, within ``timeout_s``."""
-        actor, group = self.actors.pop(worker), self._groups.pop(worker)
+        with self._changing:
+            actor, group = self.actors.pop(worker), self._groups.pop(worker)
         if present:
             ray.wait([actor.stop.remote(0.0)], timeout=timeout_s)
         ray.kill(actor, no_restart=True)
         remove_placement_group(group)
+
+    def renew(self, worker: WorkerId) -> Any | None:
+        """Another actor in the place of one that Ray says nothing of any more; None: it may not.
+
+        Ray does not tell an owner that outlived its head what becomes of actors from before
+        (decision 5): it starts them again, and the owner's handles never hear of that.
+        """
+        with self._changing:
+            actor = self.actors.get(worker)
+            if actor is None or not self._spec.config.pools.restart_workers:
+                return None
+            ray.kill(actor, no_restart=True)
+            self._renewed[worker] = self._renewed.get(worker, 0) + 1
+            made = self.actors[worker] = self._actor(self._added[worker], self._groups[worker])
+        made.describe.remote()
+        return made
 
     def kill(self, worker: WorkerId) -> None:
         """Ends a worker at once; Ray starts it anew, where workers are restarted."""
@@ -192,7 +213,8 @@ class Pools:
     def _actor(self, plan: WorkerPlan, group: PlacementGroup) -> Any:
         restarts = -1 if self._spec.config.pools.restart_workers else 0
         options: dict[str, Any] = {
-            "name": str(plan.id),
+            # An actor gives its name back some time after its end.
+            "name": f"{plan.id}.{self._renewed.get(plan.id, 0)}",
             "namespace": namespace_of(self._spec.config),
             "lifetime": "detached",
             # Two cores hold more than two workers; threads are set by the worker itself.

@@ -2,6 +2,7 @@
 
 start_ray -> (a head process of our own ->) ray.init ... RayNode.stop -> ray.shutdown (-> head ends)
              head process: control plane ended -> started again (ray_head.py)
+             head, or the raylet beside us, ended -> on_death (raylet.py)
 
 Ray of our own has its own ports, folder and access token, so it neither meets nor ends another Ray
 of this machine. Its processes inherit the mark of the run (see orphans.py) and die with us. A
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from typing import Any
 
 from pdserve.cluster.child import Child, first_line, tail_of
 from pdserve.cluster.orphans import MARK
+from pdserve.cluster.raylet import RayletWatch
 from pdserve.errors import ConfigError, InternalError
 from pdserve.types import Role
 
@@ -58,6 +60,7 @@ class RayNode:
     gpus: float
     nodes: int
     mark: str  # on every process of a Ray of ours
+    raylet: RayletWatch
 
     @property
     def owned(self) -> bool:
@@ -65,6 +68,7 @@ class RayNode:
 
     def stop(self) -> None:
         """Disconnects; a Ray of our own ends with all of its processes."""
+        self.raylet.stop()
         # With a broken Ray this may never return; the head's end then ends its processes.
         leave = threading.Thread(target=_ray().shutdown, name="ray-shutdown", daemon=True)
         leave.start()
@@ -78,14 +82,14 @@ def start_ray(
     temp_dir: Path,
     mark: str,
     threads: int,
-    on_death: Callable[[int], None] = lambda code: None,
+    on_death: Callable[[str], None] = lambda what: None,
     fault_tolerance: bool = True,
 ) -> RayNode:
     """Starts (``local``) or joins a Ray. ConfigError when it cannot be reached or started.
 
-    ``threads`` is what workers may compute with. ``on_death`` hears the exit code of a Ray of our
-    own that ended by itself. With ``fault_tolerance`` its control plane may end and is started
-    again; how a joined one does is up to whoever runs it.
+    ``threads`` is what workers may compute with. ``on_death`` hears which process ended without
+    which nothing can be done any more, maybe of two. With ``fault_tolerance`` the control plane of
+    a Ray of our own may end and is started again; how a joined one does is up to whoever runs it.
     """
     local = address == LOCAL
     access = _access() if local else {}
@@ -100,12 +104,25 @@ def start_ray(
             with _loopback_alone() if local else nullcontext():
                 _connect(address)
             gpus = float(_ray().cluster_resources().get("GPU", 0.0))
-            nodes = sum(1 for node in _ray().nodes() if node["Alive"])
+            nodes = [node for node in _ray().nodes() if node["Alive"]]
+            raylet = _watch_raylet(nodes, on_death)
         except BaseException:
             if head is not None:
                 head.stop(0.0)
             raise
-    return RayNode(head, gpus, nodes, mark)
+    return RayNode(head, gpus, len(nodes), mark, raylet)
+
+
+def _watch_raylet(
+    nodes: Iterable[Mapping[str, Any]], on_death: Callable[[str], None]
+) -> RayletWatch:
+    """Of this host's entry in Ray's own list."""
+    here = _ray().get_runtime_context().get_node_id()
+    (path,) = [str(node["RayletSocketName"]) for node in nodes if node["NodeID"] == here]
+    try:
+        return RayletWatch(path, lambda: on_death("Ray's raylet on this host ended"))
+    except OSError as error:
+        raise ConfigError(f"Ray's raylet on this host does not answer: {error}") from error
 
 
 def _own(mark: str, threads: int) -> dict[str, str]:
@@ -125,7 +142,7 @@ def _own(mark: str, threads: int) -> dict[str, str]:
 def _start_head(
     temp_dir: Path,
     env: Mapping[str, str],
-    on_death: Callable[[int], None],
+    on_death: Callable[[str], None],
     fault_tolerance: bool,
 ) -> tuple[Child, str]:
     """The head's process and its address."""
@@ -152,7 +169,7 @@ def _start_head(
         log=log,
         piped=True,
         restarts=False,
-        on_death=on_death,
+        on_death=lambda code: on_death(f"Ray ended with code {code}"),
     )
     head.start()
     # Meanwhile, here: half a second.

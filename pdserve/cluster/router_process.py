@@ -25,6 +25,10 @@ from pdserve.rpc.identity import Caller, mint
 from pdserve.rpc.tls import internal_tls
 
 _START_TIMEOUT_S = 60.0
+# Between two signals, or they count as one.
+_APART_S = 0.3
+# After a drain: last words to those who still wait, and the end of the process.
+_CLOSE_S = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +95,8 @@ class RouterProcess:
         self._child.wait_ready(_START_TIMEOUT_S + 1)
 
     def stop(self, drain_s: float) -> None:
-        self._child.stop(drain_s)
+        """Requests may go on for ``drain_s``; those that then run are told that they end."""
+        self._child.stop(max(drain_s, _APART_S), _CLOSE_S)
 
     def _command(self) -> list[str]:
         spec = self._spec

@@ -78,6 +78,7 @@ class Cluster:
         self._admin: AdminServer | None = None
         # Set when the cluster can no longer do its work and will not mend.
         self.broken = threading.Event()
+        self.broken_by = ""
         self._stopping = threading.Event()
         self._starting_router = threading.Lock()
 
@@ -139,6 +140,8 @@ class Cluster:
                 return
             self._stopping.set()
         try:
+            if self.broken.is_set() and self.config.pools.ray_address == LOCAL:
+                drain_s = 0.0  # all workers ended with their Ray: nothing can go on
             self._stop_parts(self.config.timers.drain_s if drain_s is None else drain_s)
         finally:
             orphans.sweep(self.run.state_dir, self.run.run_id)
@@ -281,8 +284,10 @@ class Cluster:
         )
         self._progress.end("ray", "Ray: one of our own" if self._ray.owned else f"Ray: {address}")
 
-    def _on_ray_death(self, code: int) -> None:
-        self._progress.note(f"Ray ended with code {code}, and all workers with it")
+    def _on_ray_death(self, what: str) -> None:
+        if self.broken.is_set():  # one end brings another
+            return
+        self.broken_by = what
         self.broken.set()
 
     def _pool_spec(self, prepared: PreparedModel, secret: Secrets) -> PoolSpec:
@@ -319,6 +324,7 @@ class Cluster:
             mint(secret.token, Caller.SUPERVISOR, tls=internal_tls(self.config.security)),
             timers,
             self._progress.note,
+            self._pools.renew,
         )
         self._membership.start()
         minimum = pools.minimum(self.config)

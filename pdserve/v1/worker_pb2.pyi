@@ -319,12 +319,14 @@ class PlannedWorker(_message.Message):
     def __init__(self, id: _Optional[str] = ..., duty: _Optional[_Union[WorkerDuty, str]] = ...) -> None: ...
 
 class SetWorkersRequest(_message.Message):
-    __slots__ = ("workers", "plan")
+    __slots__ = ("workers", "plan", "control_plane_away")
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
+    CONTROL_PLANE_AWAY_FIELD_NUMBER: _ClassVar[int]
     workers: _containers.RepeatedCompositeFieldContainer[WorkerInfo]
     plan: _containers.RepeatedCompositeFieldContainer[PlannedWorker]
-    def __init__(self, workers: _Optional[_Iterable[_Union[WorkerInfo, _Mapping]]] = ..., plan: _Optional[_Iterable[_Union[PlannedWorker, _Mapping]]] = ...) -> None: ...
+    control_plane_away: bool
+    def __init__(self, workers: _Optional[_Iterable[_Union[WorkerInfo, _Mapping]]] = ..., plan: _Optional[_Iterable[_Union[PlannedWorker, _Mapping]]] = ..., control_plane_away: _Optional[bool] = ...) -> None: ...
 
 class SetWorkersResponse(_message.Message):
     __slots__ = ()

@@ -22,6 +22,7 @@ from tests.models import tiny_model
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 START_S = 120.0
+RAYLET_S = 20.0
 
 
 class Up:
@@ -183,6 +184,28 @@ def test_it_proves_itself_serves_and_cleans_up_after_a_kill(model: Path, state: 
     assert orphans.find_marked(state) == ()
     assert not folder.exists()
     assert not (state / "run.json").exists()
+
+
+def test_the_end_of_the_raylet_ends_it_and_every_stream(model: Path, state: Path) -> None:
+    """All workers end with it and none can be started again: nobody is to wait for that."""
+    up = Up(state, model)
+    url = up.wait_ready()
+    body = {"prompt": "on and on", "max_tokens": 480, "ignore_eos": True, "stream": True}
+    asked = urllib.request.Request(
+        f"{url}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
+    )
+    (raylet,) = [m for m in orphans.find_marked(state) if m.command.split()[0].endswith("/raylet")]
+    with urllib.request.urlopen(asked, timeout=60) as answer:
+        assert answer.readline().startswith(b"data: ")
+        os.kill(raylet.pid, signal.SIGKILL)
+        began = time.monotonic()
+        *_, last = [line for line in answer if line.strip()]
+        print(f"the stream ended after {time.monotonic() - began:.1f} s: {last!r}")
+    assert "error" in json.loads(last.removeprefix(b"data: "))
+    assert up.process.wait(RAYLET_S) == 1, up.output
+    print(f"all ended after {time.monotonic() - began:.1f} s")
+    assert "Ray's raylet on this host ended, and the cluster with it" in up.output
+    assert orphans.find_marked(state) == ()
 
 
 def test_kv_that_does_not_move_fails_loudly(model: Path, state: Path) -> None:

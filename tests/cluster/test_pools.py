@@ -126,6 +126,7 @@ class Stand:
             mint(TOKEN, Caller.SUPERVISOR),
             config.timers,
             self.notes.append,
+            self.pools.renew,
         )
         self.membership.start()
 

@@ -26,6 +26,8 @@ pytestmark = pytest.mark.cluster
 
 BACK_S = 20.0
 FROZEN_S = 2.0
+# A look every second, and two to wait for its answer.
+TOLD_S = 6.0
 
 
 def process(clusters: Clusters, part: str) -> int:
@@ -62,15 +64,23 @@ def test_streams_run_on_and_restarts_resume(clusters: Clusters) -> None:
         assert not Path(f"/proc/{victim.pid}").exists(), "the worker was to die meanwhile"
         time.sleep(FROZEN_S)
         assert cluster.cluster.workers() == before, "membership is frozen"
+        cluster.wait(lambda: "control plane is away" in shortfalls(cluster), TOLD_S)
+        assert cluster.get("/live.json")["now"]["ready"], "it serves all the same"
         assert [answer.tokens for answer in run_all(cluster, asked, "later")] == calm
     began = time.monotonic()
     cluster.wait(lambda: replaced(cluster, victim.incarnation), BACK_S)
     print(f"the worker was replaced {time.monotonic() - began:.1f} s after the release")
     cluster.wait_whole()
+    cluster.wait(lambda: not shortfalls(cluster), TOLD_S)
     kept = {facts.incarnation for facts in before} - {victim.incarnation}
     assert kept < {facts.incarnation for facts in cluster.cluster.workers()}, "only one was lost"
     assert [answer.tokens for answer in run_all(cluster, asked, "back")] == calm
     cluster.check_idle()
+
+
+def shortfalls(cluster: Running) -> str:
+    """What ``pdserve status`` and the live page say beside the workers."""
+    return "; ".join(cluster.get("/live.json")["now"]["shortfalls"])
 
 
 def replaced(cluster: Running, incarnation: str) -> bool:

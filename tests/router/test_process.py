@@ -209,7 +209,7 @@ def test_a_second_signal_cuts_the_drain_short(boot: RouterBoot, tmp_path: Path) 
             router.process.send_signal(signal.SIGINT)
             async with asyncio.timeout(10):
                 assert await router.exit_status() == 0
-            with pytest.raises(grpc.aio.AioRpcError):
+            with pytest.raises(grpc.aio.AioRpcError, match="the router is stopping"):
                 await running
 
     router = RouterProcess(boot, tmp_path)

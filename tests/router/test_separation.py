@@ -102,6 +102,20 @@ def test_only_strict_mode_is_unready_for_a_shortfall(strict: bool) -> None:
     drive(story)
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_control_plane_that_is_away_is_told_and_keeps_nobody_unready(strict: bool) -> None:
+    async def story() -> None:
+        async with core(settings(strict=strict)) as made:
+            proven(made, facts("p0", Role.PREFILL), facts("d0"))
+            for away in (True, False):
+                made.dispatcher.readiness.control_plane(away=away)
+                told = causes(made.dispatcher.shortfalls())
+                assert told == [Cause.CONTROL_PLANE_AWAY] * away
+                assert made.dispatcher.ready() == (True, "")
+
+    drive(story)
+
+
 def test_events_that_are_withheld_are_missed_and_forgiven_when_they_come() -> None:
     async def story() -> None:
         timers = TimersConfig(heartbeat_s=0.05, dead_after_s=2.6)
