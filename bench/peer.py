@@ -20,17 +20,21 @@ import torch
 
 from kv_transfer.base import BlockOffer, Endpoint
 from kv_transfer.exporter import PoolExporter
-from pdserve.engine.memory import PoolMemory, allocate_shared
+from pdserve.engine.memory import PoolMemory, allocate_cuda, allocate_shared
 from pdserve.types import Fingerprint, Incarnation, Transport
 
 TOKEN = "the token of a measurement"
 FINGERPRINT = Fingerprint(bytes(range(32)))
+ON_HOST = (Transport.SHM, Transport.TCP)
 SOCKET_BUFFER = 4 * 2**20
 _processes = multiprocessing.get_context("spawn")
 
 
-def new_pool(blocks: int, span: int) -> PoolMemory:
-    return allocate_shared(blocks, span, Incarnation(os.urandom(16)))
+def new_pool(blocks: int, span: int, device: str = "cpu") -> PoolMemory:
+    incarnation = Incarnation(os.urandom(16))
+    if torch.device(device).type == "cuda":
+        return allocate_cuda(blocks, span, incarnation, torch.device(device))
+    return allocate_shared(blocks, span, incarnation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +51,13 @@ class Peer:
 
 
 @contextlib.contextmanager
-def running_peer(blocks: int, span: int) -> Iterator[Peer]:
+def running_peer(
+    blocks: int, span: int, device: str = "cpu", transports: tuple[Transport, ...] = ON_HOST
+) -> Iterator[Peer]:
     ours, theirs = _processes.Pipe()
-    process = _processes.Process(target=_serve, args=(theirs, blocks, span), daemon=True)
+    process = _processes.Process(
+        target=_serve, args=(theirs, (blocks, span, device), transports), daemon=True
+    )
     process.start()
     theirs.close()
     try:
@@ -61,12 +69,13 @@ def running_peer(blocks: int, span: int) -> Iterator[Peer]:
         process.kill()
 
 
-def _serve(pipe: Connection, blocks: int, span: int) -> None:
-    pool = new_pool(blocks, span)
+def _serve(
+    pipe: Connection, wanted: tuple[int, int, str], transports: tuple[Transport, ...]
+) -> None:
+    pool = new_pool(*wanted)
     pool.blocks.random_(0, 256)
-    transports = (Transport.SHM, Transport.TCP)
     exporter = PoolExporter(pool, FINGERPRINT, "127.0.0.1", TOKEN, transports)
-    pipe.send((exporter.endpoint(), _bare_sender(pool.blocks, span)))
+    pipe.send((exporter.endpoint(), _bare_sender(pool.blocks.cpu(), wanted[1])))
     with contextlib.suppress(EOFError):
         while True:
             pipe.send(exporter.offers(0, list(range(pipe.recv()))))
