@@ -24,7 +24,7 @@ from pdserve.engine.memory import PoolMemory, allocate_cuda, allocate_shared
 from pdserve.engine.model import LoadedModel, load_model
 from pdserve.engine.native import load_native, native_supports
 from pdserve.engine.pool_view import TORCH_DTYPES, pool_view
-from pdserve.engine.probe import probe
+from pdserve.engine.probe import probe_or_gather
 from pdserve.engine.quantized import Quantization
 from pdserve.engine.resolve import default_cache
 from pdserve.engine.runner import ModelRunner
@@ -75,7 +75,8 @@ def build_engine(
         max_model_len=config.model.max_model_len,
         library=library if isinstance(library, CDLL) else None,
     )
-    report = probe(loaded, library)
+    chosen = probe_or_gather(loaded, library, config.engine.attention == "native")
+    library, report = chosen.library, chosen.report
     layout = block_layout(config.engine.block_size, loaded.dtype, loaded.shapes)
     size = size_pool(
         SizingInputs(
@@ -107,7 +108,7 @@ def build_engine(
     )
     notes = (
         *_model_notes(loaded),
-        kernel_note,
+        f"attention: gather, because {chosen.problem}" if chosen.problem else kernel_note,
         f"layers: {runner.layers_note}",
         f"probe: logits differ from eager attention's by {report.difference:.1e} "
         f"(at most {report.tolerance:g})",

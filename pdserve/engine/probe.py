@@ -21,10 +21,11 @@ from pdserve.engine.attention import IMPLEMENTATION
 from pdserve.engine.layout import block_layout
 from pdserve.engine.model import LoadedModel
 from pdserve.engine.pool_view import pool_view
+from pdserve.engine.quiet import first_line
 from pdserve.engine.runner import ModelRunner
 from pdserve.engine.step import Row
 from pdserve.engine.triton_layer import TritonKernels
-from pdserve.errors import ModelRefused
+from pdserve.errors import ConfigError, ModelRefused
 
 PROMPT_TOKENS = 40
 DECODED_TOKENS = 4
@@ -43,6 +44,15 @@ TOLERANCE: Mapping[str, float] = {
 class ProbeReport:
     difference: float
     tolerance: float
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """Kernels that reproduce the model, or None to gather; ``problem``: of those that did not."""
+
+    library: CDLL | TritonKernels | None
+    report: ProbeReport
+    problem: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +75,27 @@ class _Script:
         """What is judged as one: each chunk, and the single tokens together."""
         borders = ((0, self.first), (self.first, self.prompt), (self.prompt, len(self.tokens)))
         return tuple((low, high) for low, high in borders if low < high)
+
+
+def probe_or_gather(
+    loaded: LoadedModel, library: CDLL | TritonKernels | None, must: bool
+) -> Chosen:
+    """Kernels that were compiled for this very device may fail on it: then the reference serves.
+
+    ``must``: they were asked for, so ConfigError. ModelRefused when the reference is wrong, too.
+    """
+    problem = ""
+    if isinstance(library, TritonKernels):
+        try:
+            return Chosen(library, probe(loaded, library), "")
+        except Exception as error:  # the compiler's own, the driver's, or a wrong result
+            problem = f"Triton's kernels failed their probe: {first_line(error)}"
+            if must:
+                raise ConfigError(
+                    f"engine.attention is native, but {problem}", param="engine.attention"
+                ) from error
+            library = None
+    return Chosen(library, probe(loaded, library), problem)
 
 
 def probe(loaded: LoadedModel, library: CDLL | TritonKernels | None) -> ProbeReport:

@@ -3,7 +3,8 @@
     load_triton(device, dtype) -> TritonLoad      asked once: kernels, or the reason for none
     kernels.layer(pool, span)(step, query, ...)   writes the step's KV, then attends its items
 
-Before they serve, the probe at start-up (probe.py) compares them with the model's own attention.
+Before they serve, the probe at start-up compares them with the model's own attention (probe.py);
+where they fail it, keys are gathered, and the log says why.
 Not run on a GPU yet: tested in Triton's interpreter, which has no bfloat16.
 """
 

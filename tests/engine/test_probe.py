@@ -12,8 +12,9 @@ import transformers
 
 from pdserve.engine import attention
 from pdserve.engine.model import LoadedModel, load_model
-from pdserve.engine.probe import probe, relative_difference
-from pdserve.errors import ModelRefused
+from pdserve.engine.probe import probe, probe_or_gather, relative_difference
+from pdserve.engine.triton_layer import TritonKernels
+from pdserve.errors import ConfigError, ModelRefused
 from pdserve.types import Numerics
 from tests.engine.model_world import CPU, family_folder, family_model, kernel
 from tests.models import FAMILIES
@@ -101,3 +102,34 @@ def test_the_model_attends_over_the_pool_again_afterwards(loaded: LoadedModel) -
     assert isinstance(loaded.model, transformers.LlamaForCausalLM)
     assert loaded.model.config._attn_implementation == attention.IMPLEMENTATION
     assert not any(hasattr(m, attention.LAYER_ATTRIBUTE) for m in loaded.modules)
+
+
+class BrokenKernels:
+    """In place of triton_paged: kernels that do nothing, or cannot be compiled."""
+
+    def __init__(self, fails: bool) -> None:
+        self.fails = fails
+
+    def __getattr__(self, kernel: str) -> BrokenKernels:
+        return self
+
+    def __getitem__(self, grid: tuple[int, ...]) -> BrokenKernels:
+        return self
+
+    def __call__(self, *arguments: object, **constants: object) -> None:
+        if self.fails:
+            raise ValueError("at 3:14: Cannot make_shape_compatible\nand more")
+
+
+@pytest.mark.parametrize("fails", [True, False], ids=["compiler", "wrong"])
+def test_kernels_that_fail_on_the_device_give_way_to_the_reference(fails: bool) -> None:
+    loaded = family_model("llama", "float32")
+    broken = TritonKernels(BrokenKernels(fails))
+    chosen = probe_or_gather(loaded, broken, must=False)
+    print(chosen.problem)
+    assert chosen.library is None
+    assert chosen.report.difference <= chosen.report.tolerance
+    assert "make_shape_compatible" in chosen.problem or not fails
+    assert "\n" not in chosen.problem
+    with pytest.raises(ConfigError, match="is native, but Triton's kernels"):
+        probe_or_gather(loaded, broken, must=True)
