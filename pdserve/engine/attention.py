@@ -26,6 +26,7 @@ from pdserve.engine.native import NativeLayer, NativeStep, native_supports
 from pdserve.engine.plan import StepPlan
 from pdserve.engine.pool_view import LayerView, PoolView
 from pdserve.engine.triton_layer import TritonKernels
+from pdserve.engine.varlen import Varlen, VarlenRows
 
 IMPLEMENTATION = "pdserve_paged"
 # The attribute of an attention module that holds its PagedLayer.
@@ -38,6 +39,7 @@ class Kernels(Protocol):
     """What writes a step's KV into the pool and attends its short rows there."""
 
     short_limit: int  # rows of at most so many tokens are short
+    varlen: Varlen | None  # attends all long rows in one call
 
     def layer(self, pool: PoolView, span: LayerSpan) -> Any:
         """Bound to a layer; called as NativeLayer is, with what ``step`` made."""
@@ -48,6 +50,7 @@ class Kernels(Protocol):
 
 class _NativeKernels:
     short_limit = NATIVE_SHORT_ROWS
+    varlen: Varlen | None = None
 
     def __init__(self, library: CDLL) -> None:
         self._library = library
@@ -70,11 +73,12 @@ def _kernels_for(library: CDLL | TritonKernels | None, pool: PoolView) -> Kernel
 class _Step:
     """What all layers of one step share."""
 
-    __slots__ = ("blocks", "long_rows", "masks", "offsets", "prepared")
+    __slots__ = ("blocks", "long_rows", "masks", "offsets", "prepared", "varlen")
 
     def __init__(self, plan: StepPlan | None, prepared: Any, device: torch.device) -> None:
         self.long_rows = plan.long_rows if plan is not None else ()
         self.masks = MaskCache()
+        self.varlen: VarlenRows | None = None  # the long rows, where they go in one call
         self.prepared = prepared  # for the kernels; None where there are none
         self.blocks: torch.Tensor | None = None
         self.offsets: torch.Tensor | None = None
@@ -96,6 +100,7 @@ class PagedAttention:
         self._kernels = kernels = _kernels_for(library, pool)
         self.pool = pool
         self.short_limit = kernels.short_limit if kernels else 0
+        self.varlen = kernels.varlen if kernels else None
         self.current: _Step | None = None
         self.calls = 0  # layers that attended in the current step
         self._modules = tuple(modules)
@@ -110,6 +115,8 @@ class PagedAttention:
         if plan is not None and self._kernels is not None:
             prepared = self._kernels.step(plan, device)
         self.current = _Step(plan, prepared, device)
+        if plan is not None and plan.long_rows and self.varlen is not None:
+            self.current.varlen = VarlenRows(plan, self.pool.layout.block_size, device)
         self.calls = 0
         try:
             yield
@@ -156,6 +163,9 @@ class _PagedLayer:
             where = (step.blocks, step.offsets)
             view.keys[where] = key.transpose(0, 1)
             view.values[where] = value.transpose(0, 1)
+        if step.varlen is not None and attention.varlen and step.varlen.takes(view, softcap):
+            step.varlen.attend(attention.varlen, view, query, key, value, out, scale, window)
+            return out if dtype is kind else out.to(dtype)
         for row in step.long_rows:
             here = slice(row.begin, row.end)
             keys, values = key[:, here], value[:, here]

@@ -108,7 +108,7 @@ def build_engine(
     )
     notes = (
         *_model_notes(loaded),
-        f"attention: gather, because {chosen.problem}" if chosen.problem else kernel_note,
+        chosen.note or kernel_note,
         f"layers: {runner.layers_note}",
         f"probe: logits differ from eager attention's by {report.difference:.1e} "
         f"(at most {report.tolerance:g})",

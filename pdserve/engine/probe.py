@@ -54,6 +54,14 @@ class Chosen:
     report: ProbeReport
     problem: str
 
+    @property
+    def note(self) -> str:
+        """What was chosen instead of what failed; empty when nothing did."""
+        if not self.problem:
+            return ""
+        what = "gather" if self.library is None else "Triton kernels, prompts one by one"
+        return f"attention: {what}, because {self.problem}"
+
 
 @dataclass(frozen=True, slots=True)
 class _Script:
@@ -84,18 +92,24 @@ def probe_or_gather(
 
     ``must``: they were asked for, so ConfigError. ModelRefused when the reference is wrong, too.
     """
+    if not isinstance(library, TritonKernels):
+        return Chosen(library, probe(loaded, library), "")
     problem = ""
-    if isinstance(library, TritonKernels):
+    candidates = [library]
+    if library.varlen is not None:
+        candidates.append(TritonKernels(library.module))
+    for kernels in candidates:
         try:
-            return Chosen(library, probe(loaded, library), "")
+            return Chosen(kernels, probe(loaded, kernels), problem)
         except Exception as error:  # the compiler's own, the driver's, or a wrong result
-            problem = f"Triton's kernels failed their probe: {first_line(error)}"
-            if must:
-                raise ConfigError(
-                    f"engine.attention is native, but {problem}", param="engine.attention"
-                ) from error
-            library = None
-    return Chosen(library, probe(loaded, library), problem)
+            with_varlen = " with torch's varlen_attn" if kernels.varlen is not None else ""
+            problem = f"Triton's kernels{with_varlen} failed their probe: {first_line(error)}"
+            failure = error
+    if must:
+        raise ConfigError(
+            f"engine.attention is native, but {problem}", param="engine.attention"
+        ) from failure
+    return Chosen(None, probe(loaded, None), problem)
 
 
 def probe(loaded: LoadedModel, library: CDLL | TritonKernels | None) -> ProbeReport:

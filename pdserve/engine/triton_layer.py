@@ -21,6 +21,7 @@ from pdserve.engine.device_plan import DevicePlan, upload
 from pdserve.engine.layout import LayerSpan
 from pdserve.engine.plan import StepPlan
 from pdserve.engine.pool_view import PoolView
+from pdserve.engine.varlen import Varlen, load_varlen
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 STEP_KEYS = 64
@@ -43,8 +44,10 @@ class TritonKernels:
     # Longer rows are attended as a whole.
     short_limit = 1
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, varlen: Varlen | None = None) -> None:
+        """``varlen``: attends all long rows in one call; None attends one after the other."""
         self.module = module
+        self.varlen = varlen
 
     def layer(self, pool: PoolView, span: LayerSpan) -> TritonLayer:
         return TritonLayer(self.module, pool, span)
@@ -182,4 +185,4 @@ def load_triton(device: torch.device, dtype: torch.dtype) -> TritonLoad:
         module = importlib.import_module("pdserve.engine.triton_paged")
     except (ImportError, RuntimeError, OSError) as error:
         return TritonLoad(None, f"triton cannot be imported: {error}")
-    return TritonLoad(TritonKernels(module), "")
+    return TritonLoad(TritonKernels(module, load_varlen(device, dtype)), "")

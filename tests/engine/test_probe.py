@@ -11,8 +11,9 @@ import torch
 import transformers
 
 from pdserve.engine import attention
+from pdserve.engine import probe as probe_module
 from pdserve.engine.model import LoadedModel, load_model
-from pdserve.engine.probe import probe, probe_or_gather, relative_difference
+from pdserve.engine.probe import ProbeReport, probe, probe_or_gather, relative_difference
 from pdserve.engine.triton_layer import TritonKernels
 from pdserve.errors import ConfigError, ModelRefused
 from pdserve.types import Numerics
@@ -131,5 +132,28 @@ def test_kernels_that_fail_on_the_device_give_way_to_the_reference(fails: bool) 
     assert chosen.report.difference <= chosen.report.tolerance
     assert "make_shape_compatible" in chosen.problem or not fails
     assert "\n" not in chosen.problem
+    assert chosen.note == f"attention: gather, because {chosen.problem}"
     with pytest.raises(ConfigError, match="is native, but Triton's kernels"):
         probe_or_gather(loaded, broken, must=True)
+
+
+def test_a_varlen_kernel_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = family_model("llama", "float32")
+    real, seen = probe_module.probe, []
+
+    def probed(loaded: LoadedModel, library: Any) -> ProbeReport:
+        seen.append(library.varlen)
+        if library.varlen is not None:
+            raise RuntimeError("no kernel image is available")
+        return real(loaded, None)
+
+    def varlen(*arguments: object, **options: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(probe_module, "probe", probed)
+    module = BrokenKernels(True)
+    chosen = probe_or_gather(loaded, TritonKernels(module, varlen), must=True)
+    assert isinstance(chosen.library, TritonKernels)
+    assert seen == [varlen, None]
+    assert chosen.library.module is module
+    assert chosen.note.startswith("attention: Triton kernels, prompts one by one, because Triton's")
