@@ -32,7 +32,7 @@ from pdserve.types import Numerics
 
 HERE = Path(__file__).parent
 WINDOW = 512
-WINDOWS = 8  # of each text, at most
+WINDOWS = 3  # of each text, at most
 PROMPT, ANSWER = 64, 32
 BLOCK = 16
 REFERENCE = "float32"
@@ -131,6 +131,8 @@ def _report(record: Record, title: str, readings: dict[str, Reading]) -> None:
         record.value(f"{title}, {name}: perplexity", "", [perplexity])
         if own is right:
             continue
+        worse = [float(a.mean() - b.mean()) for a, b in zip(own.losses, right.losses, strict=True)]
+        record.value(f"{title}, {name}: loss of a token above {REFERENCE}'s", "nats", worse)
         same = float((torch.cat(own.best) == torch.cat(right.best)).float().mean())
         record.value(f"{title}, {name}: best token is {REFERENCE}'s", "", [same])
         divergence = float(torch.cat(own.divergence).mean())
