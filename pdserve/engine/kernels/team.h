@@ -2,14 +2,18 @@
 //
 // All threads call the same stages in the same order. The pieces of a stage are taken one by one
 // from a shared counter, so that a thread that was interrupted does not hold up the others, and a
-// stage ends with a barrier. Waiting spins briefly, then gives the core away: stages are short, but
-// threads may outnumber the cores.
+// stage ends with a barrier. Waiting spins, since stages are short; then it yields, since threads may
+// outnumber the cores; then it sleeps, so that a thread that is held up costs the others no core.
 #pragma once
 
 #include <immintrin.h>
+#include <linux/futex.h>
 #include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <atomic>
+#include <climits>
 #include <cstdint>
 
 #if defined(_OPENMP)
@@ -35,26 +39,43 @@ class Team {
 
  private:
   static constexpr int SPINS = 4000;
+  static constexpr int YIELDS = 4000;
 
   void wait(int64_t stage) {
+    const uint32_t goal = static_cast<uint32_t>(stage);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_ * stage) {
       next_.store(0, std::memory_order_relaxed);  // everybody has arrived, nobody has passed
-      passed_.store(stage, std::memory_order_release);
+      passed_.store(goal);
+      // In one total order with a sleeper's two steps: it is counted here, or sees the store there.
+      if (sleepers_.load() > 0) futex(FUTEX_WAKE_PRIVATE, INT_MAX);
       return;
     }
-    for (int spins = 0; passed_.load(std::memory_order_acquire) < stage; ++spins) {
-      if (spins < SPINS) {
+    // A thread is never more than one stage behind, so equality is enough.
+    for (int tries = 0; passed_.load(std::memory_order_acquire) != goal; ++tries) {
+      if (tries < SPINS) {
         _mm_pause();
-      } else {
+      } else if (tries < SPINS + YIELDS) {
         sched_yield();
+      } else {
+        sleepers_.fetch_add(1);
+        if (passed_.load() != goal) futex(FUTEX_WAIT_PRIVATE, goal - 1);
+        sleepers_.fetch_sub(1);
       }
     }
+  }
+
+  // Waits while ``passed_`` is ``value``, or wakes ``value`` sleepers.
+  void futex(int operation, uint32_t value) {
+    syscall(SYS_futex, reinterpret_cast<uint32_t*>(&passed_), operation, value, nullptr, nullptr, 0);
   }
 
   const int64_t size_;
   alignas(64) std::atomic<int64_t> next_{0};
   alignas(64) std::atomic<int64_t> arrived_{0};
-  alignas(64) std::atomic<int64_t> passed_{0};
+  alignas(64) std::atomic<uint32_t> passed_{0};  // the low half of the stage that all have passed
+  alignas(64) std::atomic<int32_t> sleepers_{0};
+  static_assert(std::atomic<uint32_t>::is_always_lock_free);
+  static_assert(sizeof(std::atomic<uint32_t>) == sizeof(uint32_t));
 };
 
 // Runs body(team) on ``threads`` threads.
