@@ -45,6 +45,31 @@ def write_kv(
 
 
 @triton.jit
+def rows_at(source, at, here, SIZE: tl.constexpr, WIDE: tl.constexpr):
+    """Rows of SIZE elements from ``at`` on, zeros where ``here`` is false and beyond SIZE."""
+    element = tl.arange(0, WIDE)
+    mask = here[:, None] & (element[None, :] < SIZE)
+    return tl.load(source + at[:, None] + element[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def add_keys(q, k, v, seen, scale, softcap, most, total, mixed, CAPPED: tl.constexpr):
+    """The sums after some more keys, of which at least one is seen."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    if CAPPED:
+        # tanh by the exponential function, which cannot overflow here.
+        scores = softcap * (2.0 / (1.0 + tl.exp(-2.0 * scores / softcap)) - 1.0)
+    scores = tl.where(seen[None, :], scores, float("-inf"))
+    larger = tl.maximum(most, tl.max(scores, 1))
+    shrink = tl.exp(most - larger)
+    weights = tl.exp(scores - larger[:, None])
+    total = total * shrink + tl.sum(weights, 1)
+    mixed = mixed * shrink[:, None]
+    mixed += tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+    return larger, total, mixed
+
+
+@triton.jit
 def attend_part(
     query,
     pool,
@@ -86,11 +111,8 @@ def attend_part(
 
     row = tl.arange(0, ROWS)
     own = row < GROUP
-    key_at = tl.arange(0, KEY_WIDE)
-    value_at = tl.arange(0, VALUE_WIDE)
-    rows = query + (head * GROUP + row[:, None]) * query_head + token * query_token
-    q = tl.load(rows + key_at[None, :], mask=own[:, None] & (key_at[None, :] < KEY), other=0.0)
-
+    at = (head * GROUP + row).to(tl.int64) * query_head + token * query_token
+    q = rows_at(query, at, own, KEY, KEY_WIDE)
     most = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     mixed = tl.zeros([ROWS, VALUE_WIDE], tl.float32)
@@ -98,40 +120,15 @@ def attend_part(
         position = start + tl.arange(0, STEP)
         seen = position < end
         block = tl.load(table + position // BLOCK, mask=seen, other=0).to(tl.int64)
-        lies = block * block_stride
         slot = (position % BLOCK) * heads + head
-        at = lies + key_offset + slot * KEY
-        k = tl.load(
-            pool + at[:, None] + key_at[None, :],
-            mask=seen[:, None] & (key_at[None, :] < KEY),
-            other=0.0,
-        )
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        if CAPPED:
-            # tanh by the exponential function, which cannot overflow here.
-            scores = softcap * (2.0 / (1.0 + tl.exp(-2.0 * scores / softcap)) - 1.0)
-        scores = tl.where(seen[None, :], scores, float("-inf"))
-        # Some key is seen in every step, so no row's largest score is infinite.
-        larger = tl.maximum(most, tl.max(scores, 1))
-        shrink = tl.exp(most - larger)
-        weights = tl.exp(scores - larger[:, None])
-        at = lies + value_offset + slot * VALUE
-        v = tl.load(
-            pool + at[:, None] + value_at[None, :],
-            mask=seen[:, None] & (value_at[None, :] < VALUE),
-            other=0.0,
-        )
-        total = total * shrink + tl.sum(weights, 1)
-        mixed = mixed * shrink[:, None]
-        mixed += tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-        most = larger
+        k = rows_at(pool, block * block_stride + key_offset + slot * KEY, seen, KEY, KEY_WIDE)
+        at = block * block_stride + value_offset + slot * VALUE
+        v = rows_at(pool, at, seen, VALUE, VALUE_WIDE)
+        most, total, mixed = add_keys(q, k, v, seen, scale, softcap, most, total, mixed, CAPPED)
 
     here = ((item * heads + head) * PARTS + part) * ROWS + row
-    tl.store(
-        parts + here[:, None] * VALUE_WIDE + value_at[None, :],
-        mixed,
-        mask=own[:, None] & (value_at[None, :] < VALUE_WIDE),
-    )
+    target = parts + here[:, None] * VALUE_WIDE + tl.arange(0, VALUE_WIDE)[None, :]
+    tl.store(target, mixed, mask=own[:, None])
     tl.store(sums + 2 * here, most, mask=own)
     tl.store(sums + 2 * here + 1, total, mask=own)
 
