@@ -19,7 +19,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from bench.disk import read_directly
+from bench.disk import read_through
 from pdserve.engine.linear import LinearPacker, PackedLinear
 from pdserve.engine.load_weights import read_model
 from pdserve.engine.native import load_native
@@ -62,7 +62,7 @@ def ways(folder: Path) -> dict[str, Callable[[], object]]:
         "ours, packed": lambda: ours(LinearPacker(library)),
         "transformers": theirs,
         "load_file": plain,
-        "disk": lambda: read_directly(sorted(folder.glob("*.safetensors"))),
+        "disk": lambda: read_through(sorted(folder.glob("*.safetensors"))),
     }
 
 

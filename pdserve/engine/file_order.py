@@ -23,7 +23,7 @@ from pdserve.engine.safetensors_file import Shard
 from pdserve.errors import BadWeights
 
 WINDOW_BYTES = 8 * 2**20
-READERS = 4
+MOST_READERS = 4
 MOST_AHEAD = 32
 _LEAST_AHEAD = 2
 
@@ -82,6 +82,7 @@ class FileOrderReader:
     """Entered and iterated once, by one thread: windows, and the memory each was read into.
 
     ``room`` says where a window's bytes go; it is called in order, under a lock, and must be quick.
+    ``readers`` 0: one for each core, at most MOST_READERS.
 
     BadWeights when a file ends early, OSError.
     """
@@ -92,13 +93,13 @@ class FileOrderReader:
         windows: Sequence[Window],
         room: Callable[[Window], Sequence[memoryview]],
         ahead: int,
-        readers: int = READERS,
+        readers: int = 0,
     ) -> None:
         self._shards = shards
         self._windows = windows
         self._room = room
         self._ahead = ahead
-        self._readers = readers
+        self._readers = readers or min(MOST_READERS, len(os.sched_getaffinity(0)))
         # Guarded by _changed.
         self._changed = threading.Condition()
         self._claimed = 0  # windows that a reader has taken, always the first so many
