@@ -29,7 +29,7 @@ from tests.engine.test_fused import SHAPES, folder_of, run_steps
 from tests.models import write_tokenizer
 
 needs_kernels = pytest.mark.skipif(
-    not groups_work(kernel()), reason="this processor has no AVX-512 BF16 and VBMI"
+    not kernel().pdserve_has_groups(), reason="this processor has no AVX-512 BF16 and VBMI"
 )
 KINDS = (Quantization.INT8, Quantization.INT4)
 
@@ -67,6 +67,12 @@ def test_weights_without_a_scale_are_refused() -> None:
         for bits in (8, 4):
             with pytest.raises(ModelRefused, match=r"model\.quantization to none"):
                 quantize(weight, bits)
+
+
+@needs_kernels
+def test_kernels_that_are_there_pass_their_own_check() -> None:
+    """Else they are not used, and no layer would say so."""
+    assert groups_work(kernel())
 
 
 @needs_kernels
