@@ -253,6 +253,9 @@ class AdminConfig:
     port: int = opt(
         0, "Port of the admin service; 0 picks one, which pdserve admin finds.", low=0, high=65535
     )
+    token_file: str = opt(
+        "", "Secret of the admin service's callers; empty derives one from the cluster's token."
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,9 +95,9 @@ class RouterServer:
 
     async def stop(self, drain_s: float) -> None:
         """Refuses new requests, waits for the running ones, closes everything."""
+        self.dispatcher.stop_accepting()
         if self._fronts is not None:
             self._fronts.leave(drain_s)
-        self.dispatcher.stop_accepting()
         if self._selftest is not None:
             self._selftest.cancel()  # nobody waits for its answer
         if not await self.dispatcher.drained(drain_s):

@@ -25,6 +25,7 @@ OWNED = (
     *("cache.redis.mode", "cache.redis.url", "cache.redis.password_file", "cache.redis.bytes_max"),
     *("security.api_key_files", "security.tls_cert", "security.tls_key"),
     *("security.cluster_token_file", "security.hash_key_file"),
+    *("admin.host", "admin.port", "admin.token_file"),
     *("security.internal_ca", "security.internal_cert", "security.internal_key"),
 )
 _TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
@@ -85,7 +86,7 @@ _PORT: Schema = {"type": "integer", "minimum": 1, "maximum": 65535}
 _COUNT: Schema = {"type": "integer", "minimum": 0, "maximum": 1024}
 # Narrower than the type of the default.
 _NARROW: dict[str, Schema] = {
-    **_each(("httpPort", "grpcPort", "metricsPort"), _PORT),
+    **_each(("httpPort", "grpcPort", "metricsPort", "port"), _PORT),
     **_each(("replicas", "minReplicas", "prefill", "decode", "mixed"), _COUNT),
     **_each(("maxReplicas", "workersPerPod", "replicaCount"), _COUNT | {"minimum": 1}),
     "preStopSeconds": {"type": "integer", "minimum": 0, "maximum": 600},

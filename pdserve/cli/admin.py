@@ -1,7 +1,8 @@
 """``pdserve admin``: changes to a running cluster, asked of its admin service.
 
 Address and credential come from the admin.json that the cluster's owner wrote; --address and
---token-file reach a cluster elsewhere. Prints what was done.
+--token-file, that file or the secret of admin.token_file, reach a cluster elsewhere. Prints what
+was done.
 """
 
 from __future__ import annotations
@@ -56,7 +57,11 @@ def find_access(parsed: argparse.Namespace) -> AdminAccess:
     if config.security.internal_ca:
         tls = internal_tls(config.security)
         access = replace(access, identity=replace(access.identity, tls=tls))
-    return replace(access, address=parsed.address) if parsed.address else access
+    if parsed.address:
+        access = replace(access, address=parsed.address)
+    if not access.address:
+        raise ConfigError(f"{path} holds a secret alone: give --address HOST:PORT, too")
+    return access
 
 
 Call = Callable[[Any], Awaitable[Message]]  # of a stub of the service

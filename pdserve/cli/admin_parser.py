@@ -23,7 +23,9 @@ def add_admin(parser: argparse.ArgumentParser, add_config: AddCommon) -> None:
             "--address", metavar="HOST:PORT", help="of the admin service; default: as recorded"
         )
         made.add_argument(
-            "--token-file", metavar="FILE", help="admin.json; default: in the cluster's folder"
+            "--token-file",
+            metavar="FILE",
+            help="admin.json, or the secret of admin.token_file; default: in the cluster's folder",
         )
         made.add_argument("--json", action="store_true", help="the answer as JSON")
         return made

@@ -2,7 +2,8 @@
 
 The owner of the cluster writes it (0600) into the state folder when the service listens, and
 removes it with its run. It holds the address and the credential of the admin role, which is good
-for that service alone and, unless security.cluster_token_file is set, for this run alone.
+for that service alone and, unless security.cluster_token_file is set, for this run alone. From
+elsewhere, the secret of admin.token_file and an address do the same.
 """
 
 from __future__ import annotations
@@ -11,8 +12,14 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from pdserve.cluster.run_dir import read_token
 from pdserve.errors import ConfigError
-from pdserve.rpc.identity import Identity, identity_from_dict, identity_to_dict
+from pdserve.rpc.identity import (
+    Identity,
+    admin_caller,
+    identity_from_dict,
+    identity_to_dict,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +34,15 @@ def access_text(access: AdminAccess) -> bytes:
 
 
 def read_access(path: Path) -> AdminAccess:
-    """ConfigError names the file."""
+    """Of an admin.json, or of a file with the secret of admin.token_file, which has no address.
+
+    ConfigError names the file.
+    """
     try:
-        data = json.loads(path.expanduser().read_bytes())
+        raw = path.expanduser().read_bytes()
+        if not raw.lstrip().startswith(b"{"):
+            return AdminAccess("", admin_caller(read_token(str(path), "--token-file")))
+        data = json.loads(raw)
         return AdminAccess(str(data["address"]), identity_from_dict(data["identity"]))
     except OSError as error:
         raise ConfigError(f"admin credential {path}: {error.strerror}") from error

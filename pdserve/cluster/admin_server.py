@@ -19,11 +19,11 @@ from pdserve.cluster.owner_calls import OwnerCalls
 from pdserve.cluster.pools import Pools, plan_worker
 from pdserve.cluster.ray_node import RayNode
 from pdserve.cluster.router_process import RouterProcess
-from pdserve.cluster.run_dir import ADMIN_FILE, write_private
+from pdserve.cluster.run_dir import ADMIN_FILE, read_token, write_private
 from pdserve.config import AdminConfig, Config
 from pdserve.errors import InternalError
 from pdserve.rpc.channels import bind, make_server
-from pdserve.rpc.identity import Caller, Identity, mint
+from pdserve.rpc.identity import Caller, Identity, admin_caller, mint, taking_admin
 from pdserve.rpc.tls import internal_tls
 from pdserve.v1 import admin_pb2_grpc
 
@@ -127,4 +127,7 @@ def admin_for(
         return AdminService(fleet, membership, calls, note)
 
     caller = mint(token, Caller.ADMIN, tls=tls)
-    return AdminServer(config.admin, owner, caller, make_service, state_dir)
+    if path := config.admin.token_file:
+        caller = admin_caller(read_token(path, "admin.token_file"), tls=tls)
+    served = taking_admin(owner, caller)
+    return AdminServer(config.admin, served, caller, make_service, state_dir)

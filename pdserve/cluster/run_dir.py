@@ -202,10 +202,14 @@ def cluster_token(config: Config) -> str:
     """The internal calls' token: the configured one, or a new one for this run."""
     if not config.security.cluster_token_file:
         return secrets.token_hex(32)
-    key = "security.cluster_token_file"
-    token = _read_secret(Path(config.security.cluster_token_file), key).strip()
+    return read_token(config.security.cluster_token_file, "security.cluster_token_file")
+
+
+def read_token(path: str, key: str) -> str:
+    """The secret in that file. ConfigError names ``key``, the setting that names the file."""
+    token = _read_secret(Path(path), key).strip()
     if not token:
-        raise ConfigError(f"{key} = {config.security.cluster_token_file!r}: the file is empty")
+        raise ConfigError(f"{key} = {path!r}: the file is empty")
     if len(token) < MIN_TOKEN_CHARS:
         raise ConfigError(f"{key}: a token of fewer than {MIN_TOKEN_CHARS} characters is a guess")
     return token

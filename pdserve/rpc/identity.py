@@ -15,7 +15,7 @@ import enum
 import hashlib
 import hmac
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pdserve.errors import ConfigError, PdserveError, PermissionDenied, Unauthenticated
@@ -126,6 +126,23 @@ def mint(
         transfer_token=_derive(token, "kv-transfer") if moves_blocks else "",
         tls=tls,
     )
+
+
+_ADMIN_SERVICE = "pdserve.v1.Admin"
+
+
+def admin_caller(secret: str, *, tls: InternalTls | None = None) -> Identity:
+    """Who calls the admin service, and nothing else, by a secret of its own."""
+    credential = _derive(secret, f"{Caller.ADMIN}/{_ADMIN_SERVICE}")
+    return Identity(Caller.ADMIN, {_ADMIN_SERVICE: credential}, {}, tls=tls)
+
+
+def taking_admin(identity: Identity, caller: Identity) -> Identity:
+    """``identity`` as it recognises that caller of the admin service and no other."""
+    credential = caller.credentials[_ADMIN_SERVICE]
+    digest = hashlib.sha256(credential.encode()).hexdigest()
+    known = {_ADMIN_SERVICE: {Caller.ADMIN: digest}}
+    return replace(identity, digests={**identity.digests, **known})
 
 
 def _derive(token: str, purpose: str) -> str:

@@ -43,6 +43,8 @@ EVERYTHING = (
     "networkPolicy.clients[0].podSelector.matchLabels.app=client",
     "model.hubTokenSecret.name=hub",
     "imagePullSecrets[0].name=pull",
+    "admin.enabled=true",
+    "admin.clients[0].podSelector.matchLabels.app=operator",
 )
 AUTOSCALED = ("ray.enableInTreeAutoscaling=true", "workerGroups.prefill.maxReplicas=3")
 SCALED_PODS = ("ray.enabled=false", "autoscaling.enabled=true")
@@ -195,7 +197,7 @@ def test_every_selector_finds_its_pods_and_no_others(profile: str, sets: tuple[s
     for entry in objects:
         kind, spec = entry["kind"], entry.get("spec", {})
         if kind == "Service":
-            selector, expected = spec["selector"], {component_of_name(entry)}
+            selector, expected = spec["selector"], {behind(entry)}
         elif kind in ("Deployment", "StatefulSet", "PodDisruptionBudget"):
             selector, expected = spec["selector"]["matchLabels"], {component_of_name(entry)}
         else:
@@ -216,19 +218,28 @@ def component_of_name(entry: Manifest) -> str:
     return str(entry["metadata"]["name"].removeprefix("demo-pdserve-"))
 
 
+def behind(service: Manifest) -> str:
+    """The component whose pods answer: the admin service is the router's process, too."""
+    component = component_of_name(service)
+    return "router" if component == "admin" else component
+
+
 @every_variant
 def test_every_port_leads_to_a_port_of_the_container(profile: str, sets: tuple[str, ...]) -> None:
     objects = render(profile, *sets)
     templates = pod_templates(objects)
     for service in of_kind(objects, "Service"):
-        (container,) = templates[component_of_name(service)]["spec"]["containers"]
+        (container,) = templates[behind(service)]["spec"]["containers"]
         named = {port["name"]: port["containerPort"] for port in container["ports"]}
         for port in service["spec"]["ports"]:
             assert port["targetPort"] in named
     router = templates["router"]["spec"]["containers"][0]
     config = yaml.safe_load(config_map(objects)["data"]["pdserve.yaml"])
     named = {port["name"]: port["containerPort"] for port in router["ports"]}
-    assert named == {"http": config["router"]["http_port"], "grpc": config["router"]["grpc_port"]}
+    expected = {"http": config["router"]["http_port"], "grpc": config["router"]["grpc_port"]}
+    if "admin.enabled=true" in sets:
+        expected["admin"] = config["admin"]["port"]
+    assert named == expected
     ports = {p["name"]: p["port"] for p in one(objects, "Service", "-router")["spec"]["ports"]}
     assert ports == {"http": 8000, "grpc": 50051, "metrics": 9090}
 
@@ -256,6 +267,7 @@ def test_pdserve_takes_the_configuration_and_its_files_are_mounted(
     security, redis = config.security, config.cache.redis
     files = [*security.api_key_files, security.tls_cert, security.cluster_token_file]
     files += [security.hash_key_file, security.internal_ca, redis.password_file]
+    files += [config.admin.token_file]
     template = pod_templates(objects)["router"]
     mounted = [m["mountPath"] for m in template["spec"]["containers"][0]["volumeMounts"]]
     for name in filter(None, files):
@@ -335,7 +347,7 @@ def test_secrets_stand_in_secrets_alone() -> None:
     objects = render()
     secret = one(objects, "Secret")
     assert set(secret["data"]) == {
-        *("cluster-token", "hash-key", "ray-token", "cache-password", "gcs-password")
+        *("cluster-token", "hash-key", "ray-token", "admin-token", "cache-password", "gcs-password")
     }
     rest = json.dumps([entry for entry in objects if entry is not secret])
     for value in secret["data"].values():

@@ -9,6 +9,9 @@ from pathlib import Path
 import grpc
 import pytest
 
+from pdserve.cli import main as cli
+from pdserve.cluster.admin_access import read_access
+from pdserve.cluster.run_dir import ADMIN_FILE
 from pdserve.cluster.supervisor import Cluster, start_cluster
 from pdserve.config_load import load_config
 from pdserve.rpc.identity import Caller, mint
@@ -32,7 +35,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("access")
     (folder / "keys").write_text("\n".join(KEYS))
     (folder / "token").write_text(TOKEN)
-    issue(authority(folder, "ca"), folder, "node", f"DNS:{NAME}")
+    (folder / "admin-token").write_text(secrets.token_hex(32))
+    for name, pair in (("ca", "node"), ("other-ca", "other")):
+        issue(authority(folder, name), folder, pair, f"DNS:{NAME}")
     return folder
 
 
@@ -49,6 +54,9 @@ def locked(clusters: Clusters, folder: Path) -> Iterator[Cluster]:
             f"security.internal_ca={folder / 'ca.pem'}",
             f"security.internal_cert={folder / 'node.pem'}",
             f"security.internal_key={folder / 'node.key'}",
+            # An address that is not the owner's own: refused without mutual TLS.
+            "admin.host=127.0.0.2",
+            f"admin.token_file={folder / 'admin-token'}",
         ],
         {"name": "locked", "state_dir": str(folder / "state")},
     )
@@ -133,3 +141,58 @@ def test_no_process_but_the_owner_of_the_cluster_is_given_its_token(locked: Clus
     boot = (locked.run.boot_dir / "router.json").read_text()
     assert KEYS[0] not in boot
     assert TOKEN not in boot
+
+
+# ---- the admin service, from elsewhere -----------------------------------------------------------
+
+
+def admin(cluster: Cluster, folder: Path, token: str, pair: str, *words: str) -> int:
+    """``pdserve admin`` of somebody who has these files and the address, and no other."""
+    address = read_access(cluster.run.state_dir / ADMIN_FILE).address
+    assert address.startswith("127.0.0.2:")
+    arguments = ["admin", *words, "--address", address, "--token-file", str(folder / token)]
+    if pair:
+        arguments += ["--set", f"security.internal_ca={folder / 'ca.pem'}"]
+        arguments += ["--set", f"security.internal_cert={folder / pair}.pem"]
+        arguments += ["--set", f"security.internal_key={folder / pair}.key"]
+    return cli.main(arguments)
+
+
+def test_an_operator_elsewhere_needs_an_address_the_admins_secret_and_a_certificate(
+    locked: Cluster, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert admin(locked, folder, "admin-token", "node", "pools") == 0
+    assert "decode: 1 (0 to 1024)  decode-0" in capsys.readouterr().out
+    assert admin(locked, folder, "admin-token", "node", "flush", "device", "host") == 0
+    assert "decode-0: " in capsys.readouterr().out
+    assert admin(locked, folder, "admin-token", "node", "drain", "decode-0") == 1
+    assert "no other decode or mixed worker takes work" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("token", "pair", "why"),
+    [
+        ("admin-token", "", "failed to connect"),
+        ("admin-token", "other", "failed to connect"),
+        ("token", "node", "needs a credential"),
+    ],
+    ids=["no certificate", "of another authority", "the cluster's token"],
+)
+def test_who_lacks_one_of_them_changes_nothing(
+    locked: Cluster,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    token: str,
+    pair: str,
+    why: str,
+) -> None:
+    assert admin(locked, folder, token, pair, "flush", "device") == 1
+    assert why in capsys.readouterr().err
+
+
+def test_the_admins_secret_opens_nothing_else(locked: Cluster, folder: Path) -> None:
+    access = read_access(folder / "admin-token")
+    assert set(access.identity.credentials) == {"pdserve.v1.Admin"}
+    assert access.address == ""
+    arguments = ["admin", "pools", "--token-file", str(folder / "admin-token")]
+    assert cli.main(arguments) == 2, "a secret has no address"

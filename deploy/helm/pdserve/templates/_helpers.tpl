@@ -276,6 +276,10 @@ readinessProbe:
 {{- $_ := set $security "internal_cert" "/etc/pdserve/internal-tls/tls.crt" }}
 {{- $_ := set $security "internal_key" "/etc/pdserve/internal-tls/tls.key" }}
 {{- end }}
+{{- $admin := dict "host" "127.0.0.1" "port" 0 }}
+{{- if $v.admin.enabled }}
+{{- $admin = dict "host" "0.0.0.0" "port" ($v.admin.port | int) "token_file" "/etc/pdserve/admin/admin-token" }}
+{{- end }}
 {{- $own := dict
   "name" "pdserve"
   "state_dir" "/var/lib/pdserve/cluster"
@@ -283,6 +287,7 @@ readinessProbe:
   "pools" $pools
   "cache" (dict "redis" $redis)
   "router" (dict "host" "0.0.0.0" "http_port" ($v.routerSpec.httpPort | int) "grpc_port" ($v.routerSpec.grpcPort | int))
+  "admin" $admin
   "security" $security }}
 {{- mergeOverwrite (deepCopy $v.config) $own | toYaml }}
 {{- end }}

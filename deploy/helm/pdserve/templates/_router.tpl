@@ -58,6 +58,17 @@ readinessProbe:
 {{- end }}
 {{- end }}
 
+{{- define "pdserve.checkAdmin" -}}
+{{- if .Values.admin.enabled }}
+{{- if not .Values.security.internalTlsSecret }}
+{{- fail "admin.enabled needs security.internalTlsSecret: the admin service takes callers over mutual TLS alone" }}
+{{- end }}
+{{- if or .Values.autoscaling.enabled (ne (int .Values.routerSpec.replicaCount) 1) }}
+{{- fail "admin.enabled needs one router: with more, each is a cluster of its own behind one Service" }}
+{{- end }}
+{{- end }}
+{{- end }}
+
 {{- /* What callers of the fronts need: keys and the certificate. */}}
 {{- define "pdserve.frontMounts" -}}
 {{- if .Values.security.apiKeysSecret }}
