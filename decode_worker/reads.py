@@ -10,6 +10,7 @@ in line neither behind reads that wait for that very peer nor behind the closing
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -83,7 +84,8 @@ class PeerReads:
 
 def _name_this_thread() -> None:
     """For ``top -H`` and the like: Python's own names stay within the process (until 3.14)."""
-    Path("/proc/thread-self/comm").write_text(READING)
+    with contextlib.suppress(OSError):  # where /proc cannot be written, a name is not worth a read
+        Path("/proc/thread-self/comm").write_text(READING)
 
 
 def _report(done: Future[object]) -> None:
