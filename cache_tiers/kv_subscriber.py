@@ -5,7 +5,8 @@
 BLIND: the worker's view is dropped, and a replay from 0 is asked for again and again. LIVE: batches
 are applied in order; a missing number is asked for before anything later is applied, and when it
 has been quiet for a while the tail is asked for, since a lost last batch leaves no gap to see.
-A message that is not a batch of events is counted and passed over.
+A batch that cannot be read is one that is missing; a message that is no batch at all is counted and
+passed over.
 
 One subscriber per worker *incarnation*: its owner closes it and opens another when the worker was
 restarted, and drops a dead worker from the index.
@@ -39,6 +40,10 @@ from pdserve.types import WorkerId
 logger = logging.getLogger(__name__)
 
 _QUEUE_MAX = 10_000  # published batches that may wait for us; what does not fit is a gap
+_REPLAY_TIMEOUT_S = 2.0
+_QUIET_S = 2.0
+# The quiet time and a replay, with as much again for one that is slow.
+SURE_WITHIN_S = _QUIET_S + 2 * _REPLAY_TIMEOUT_S
 
 
 class _Replay(enum.Enum):
@@ -68,8 +73,8 @@ class KvEventSubscriber:
         index: PrefixIndex,
         *,
         topic: str = TOPIC,
-        replay_timeout_s: float = 2.0,
-        quiet_s: float = 2.0,
+        replay_timeout_s: float = _REPLAY_TIMEOUT_S,
+        quiet_s: float = _QUIET_S,
         retry_s: float = 1.0,
     ) -> None:
         self._worker = worker
@@ -83,6 +88,7 @@ class KvEventSubscriber:
         self._next = 0  # the number that is to be applied next
         self._blind = True
         self._sure_at = time.monotonic()  # when the view was last known to be complete
+        self._learned = False
         self._live = asyncio.Event()
         self._stats = SubscriberStats()
         self._dealer: zmq.asyncio.Socket | None = None
@@ -93,10 +99,15 @@ class KvEventSubscriber:
         """Whether the index knows nothing of this worker."""
         return self._blind
 
+    @property
+    def learned(self) -> bool:
+        """Whether the view was ever complete."""
+        return self._learned
+
     def unsure_s(self) -> float:
         """Seconds since the view was last known to be complete, or since it was opened.
 
-        Below ``quiet_s`` and the time of a replay while all is well.
+        Below ``SURE_WITHIN_S`` while all is well, with the default times.
         """
         return time.monotonic() - self._sure_at
 
@@ -155,6 +166,7 @@ class KvEventSubscriber:
         self._next = 0
         if await self._replay() is _Replay.COMPLETE:
             self._blind = False
+            self._learned = True
             self._live.set()
             logger.info("KV events of %s: view is complete", self._worker)
         else:
@@ -176,7 +188,11 @@ class KvEventSubscriber:
         if seq < self._next:
             self._count(duplicates=1)
             return
-        self._apply(seq, self._decode(frames[2]))
+        events = self._decode(frames[2])
+        if events is None:
+            self._go_blind("a batch cannot be read")
+            return
+        self._apply(seq, events)
         self._sure_at = time.monotonic()
 
     def _go_blind(self, why: str) -> None:
@@ -187,13 +203,13 @@ class KvEventSubscriber:
         self._live.clear()
         self._index.cleared(self._worker)
 
-    def _decode(self, payload: bytes) -> list[KvEvent]:
-        """A batch that cannot be read has no events: the view may then be too large or small."""
+    def _decode(self, payload: bytes) -> list[KvEvent] | None:
+        """None: it cannot be read, and nobody knows what it changed."""
         try:
             return decode_batch(payload)
         except ProtocolError:
             self._count(bad_messages=1)
-            return []
+            return None
 
     def _apply(self, seq: int, events: list[KvEvent]) -> None:
         for event in events:
@@ -237,6 +253,8 @@ class KvEventSubscriber:
                 self._sure_at = time.monotonic()
                 return _Replay.COMPLETE
             events = self._decode(frames[3])
+            if events is None:
+                return _Replay.GAP
             # A batch that starts with "cleared" stands for all before it.
             if seq > self._next and not (events and isinstance(events[0], Cleared)):
                 return _Replay.GAP

@@ -25,7 +25,6 @@ from cache_tiers.breaker import Breaker, BreakerState, Permit
 from cache_tiers.resp import Reply, ServerRefused, Wire, WireTimeout, raise_refusals
 from pdserve.config import RedisTierConfig
 from pdserve.errors import ConfigError, TierError
-from pdserve.types import Reach
 
 _CONNECTIONS_MAX = 8
 # Of one try, where somebody insists.
@@ -55,7 +54,6 @@ class RedisLink:
             for direction in Direction
         }
         self._errors = 0
-        self._reach = Reach.UNTRIED
         self._closed = threading.Event()
         # As of the last exchange:
         self._reachable = True
@@ -70,11 +68,6 @@ class RedisLink:
     def reachable(self) -> bool:
         with self._lock:
             return self._reachable
-
-    @property
-    def reach(self) -> Reach:
-        with self._lock:
-            return self._reach
 
     def health(self) -> str:
         """What does not work, in words; empty when all does."""
@@ -164,10 +157,6 @@ class RedisLink:
             self._errors += not worked
             # A server that refuses reads is no better than one that is gone.
             self._reachable = worked or (refused and writing)
-            if self._reachable:
-                self._reach = Reach.REACHED
-            elif self._reach is Reach.UNTRIED:
-                self._reach = Reach.NEVER
             if writing:
                 self._writes_refused = refused
 

@@ -46,6 +46,7 @@ class _Counts:
     queries: int = 0
     hits: int = 0
     stored: int = 0
+    tried_writes: int = 0  # that would have stored something
     rejected_values: int = 0
 
 
@@ -181,10 +182,12 @@ class RedisTier:
         # To be set only if it exists, which no such name does; refused as any other SET would be.
         request = command(b"SET", self._prefix + b"try-write", b"", b"XX")
         self._link.exchange(Direction.WRITE, [request], 1, self._timeout(0))
+        with self._lock:
+            self._count.tried_writes += 1
 
     def writes_in_doubt(self) -> bool:
         """Whether only another write can tell if the server takes writes."""
-        return self._link.writes_in_doubt()
+        return self.reach() is not Reach.REACHED or self._link.writes_in_doubt()
 
     def revoke(self, incarnation: Incarnation) -> None:
         """From now on a value that ``incarnation`` wrote is deleted and reads as a miss."""
@@ -203,8 +206,11 @@ class RedisTier:
         return self._link.would_refuse(Direction.WRITE)
 
     def reach(self) -> Reach:
-        """Whether the server ever did what it was asked."""
-        return self._link.reach
+        """Whether a value was ever stored, or could have been, or was read."""
+        with self._lock:
+            if self._count.stored or self._count.tried_writes or self._count.hits:
+                return Reach.REACHED
+        return Reach.NEVER if self._link.errors else Reach.UNTRIED
 
     def health(self) -> str:
         """What does not work, in words; empty when all does."""

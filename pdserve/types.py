@@ -192,7 +192,7 @@ class Reach(enum.Enum):
     OFF = "off"  # not asked for
     UNTRIED = "untried"
     NEVER = "never"  # tried, or refused at start
-    REACHED = "reached"  # at least once
+    REACHED = "reached"  # a value was stored, or could have been, or was read
 
 
 @dataclass(frozen=True, slots=True)

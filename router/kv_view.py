@@ -66,15 +66,16 @@ class KvView:
                 found[source.facts.id] = have
         return found
 
-    def unheard_s(self) -> Mapping[WorkerId, float]:
+    def unheard_s(self, *, patient: bool) -> Mapping[WorkerId, float]:
         """Seconds since each worker's events were last known to be complete; see KvEventSubscriber.
 
-        Infinity for one that publishes none though it should; empty where events are off.
+        Infinity for one that publishes none though it should, and unless ``patient`` for one whose
+        events have never been complete; empty where events are off.
         """
         if not self._events:
             return {}
         return {
-            source.facts.id: math.inf if source.subscriber is None else source.subscriber.unsure_s()
+            source.facts.id: _unsure_s(source.subscriber, patient=patient)
             for source in self._sources.values()
         }
 
@@ -116,3 +117,9 @@ class KvView:
         if source.subscriber is not None:
             await source.subscriber.close()
         self._index.drop(source.name)
+
+
+def _unsure_s(subscriber: KvEventSubscriber | None, *, patient: bool) -> float:
+    if subscriber is None or not (patient or subscriber.learned):
+        return math.inf
+    return subscriber.unsure_s()

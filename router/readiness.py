@@ -5,13 +5,15 @@
     owner     -> control_plane(..) whether workers that die can be started again
     fronts    -> judge()           both, with what workers and their KV events say now
 
-Observed here, decided in router/separation.py.
+Observed here, decided in router/separation.py. In strict mode a new proof counts once every tier
+was seen to work and every worker's events came; what joins later is given time.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cache_tiers.kv_subscriber import SURE_WITHIN_S
 from pdserve.config import Config
 from pdserve.types import Reach, Tier, WorkerState
 from router.api import WorkerView
@@ -41,7 +43,8 @@ class Readiness:
         self._registry = registry
         self._kv_view = kv_view
         self._strict = config.router.strict
-        self._unheard_limit_s = UNHEARD_FACTOR * config.timers.dead_after_s
+        self._unheard_limit_s = max(UNHEARD_FACTOR * config.timers.dead_after_s, SURE_WITHIN_S)
+        self._evident = not self._strict  # whether the cluster was ready since it was last unproven
         self._proof = (False, "no request has gone the whole way yet")
         self._unmoved = ""
         self._away = False
@@ -50,6 +53,8 @@ class Readiness:
     def proved(self, proven: bool, why: str) -> None:
         """Whether a request has gone the whole way; ``why`` not."""
         self._proof = (proven, why)
+        if not proven:
+            self._evident = not self._strict
 
     def kv_moved(self, unmoved: str) -> None:
         """``unmoved``: why a pair's KV did not move; empty when it did, or there is no pair."""
@@ -65,6 +70,7 @@ class Readiness:
         proven, why = self._proof
         if proven and found and self._strict:
             proven, why = False, "; ".join(one.text for one in found)
+        self._evident |= proven
         told = (*found, AWAY) if self._away else found
         return Judgement(proven, "" if proven else why, told)
 
@@ -73,11 +79,12 @@ class Readiness:
         tiers = [report for view in ready for report in _reports(view)]
         self._reached |= {one.tier for one in tiers if one.reach is Reach.REACHED}
         serving = {view.facts.id for view in ready}
-        unheard = self._kv_view.unheard_s()
+        unheard = self._kv_view.unheard_s(patient=self._evident)
         return Observed(
             unmoved=self._unmoved,
             tiers=tiers,
             reached=self._reached,
+            untried_lacks=not self._evident,
             unheard_s={worker: since for worker, since in unheard.items() if worker in serving},
             unheard_limit_s=self._unheard_limit_s,
         )

@@ -47,6 +47,8 @@ class Observed:
     tiers: Sequence[TierReport] = ()
     # Tiers that some worker reached since the router started.
     reached: frozenset[Tier] = frozenset()
+    # Whether a tier that nobody tried yet is lacking, too.
+    untried_lacks: bool = False
     # Seconds since the router last knew all of a ready worker's KV events; infinity where they
     # were asked for and the worker publishes none.
     unheard_s: Mapping[WorkerId, float] = field(default_factory=dict)
@@ -58,9 +60,10 @@ def shortfalls(seen: Observed) -> tuple[Shortfall, ...]:
     if seen.unmoved:
         text = f"KV does not move between workers: {seen.unmoved}"
         found.append(Shortfall(Cause.KV_NOT_MOVED, text))
+    lacking = {Reach.NEVER, Reach.UNTRIED} if seen.untried_lacks else {Reach.NEVER}
     for tier in Tier:
         # One that worked once and fails now costs speed; that is a worker's to tell, not ours.
-        never = [one for one in seen.tiers if one.tier is tier and one.reach is Reach.NEVER]
+        never = [one for one in seen.tiers if one.tier is tier and one.reach in lacking]
         if never and tier not in seen.reached:
             text = f"the {tier.value} tier never worked: {', '.join(map(_report, never))}"
             found.append(Shortfall(Cause.TIER_UNREACHED, text))

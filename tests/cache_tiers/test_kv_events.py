@@ -179,7 +179,7 @@ def test_a_lost_last_batch_is_found_when_it_is_quiet() -> None:
     run(story)
 
 
-def test_bad_messages_are_counted_and_passed_over() -> None:
+def test_messages_that_are_no_batches_are_counted_and_passed_over() -> None:
     async def story() -> None:
         index = PrefixIndex()
         async with fake() as source:
@@ -189,11 +189,35 @@ def test_bad_messages_are_counted_and_passed_over() -> None:
                 source.pub.send_multipart([b"kv-events", b"odd", batch(1)])
                 source.pub.send_multipart([b"kv-events", encode_seq(1)])
                 source.pub.send_multipart([b"kv-events-and-more"])
-                source.send(1, b"garbage")
-                source.send(2, batch(1))
+                source.send(1, batch(1))
                 await until(lambda: index.longest(W, chain(3)) == 2)
-                assert subscriber.stats().bad_messages == 4
+                assert subscriber.stats().bad_messages == 3
                 assert not subscriber.blind
+
+    run(story)
+
+
+@pytest.mark.parametrize("later", [{}, {2: batch(1)}])
+def test_a_batch_that_cannot_be_read_blinds_until_all_can(later: dict[int, bytes]) -> None:
+    async def story() -> None:
+        index = PrefixIndex()
+        async with fake() as source:
+            source.repeatable = {0: batch(0)}
+            async with following(source, index, quiet_s=30.0) as subscriber:
+                await subscribed(source, subscriber)
+                sure = subscriber.unsure_s()
+                source.repeatable |= {1: b"garbage"} | later
+                for seq, payload in source.repeatable.items():
+                    source.send(seq, payload)
+                await until(lambda: subscriber.stats().went_blind == 1)
+                asked = source.requests.count(0)
+                await until(lambda: source.requests.count(0) >= asked + 3)
+                assert subscriber.blind
+                assert index.keys == 0
+                assert subscriber.unsure_s() > sure + 0.1, "what was not understood is not known"
+                source.repeatable[1] = batch(1)
+                await until(lambda: not subscriber.blind)
+                assert index.longest(W, chain(3)) == 2
 
     run(story)
 

@@ -153,14 +153,67 @@ def test_a_worker_with_nothing_to_write_hears_that_writes_are_taken_again(
 def test_a_redis_that_never_answered_is_told_from_one_that_did(
     real_redis: RealRedis, worlds: list[World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world = open_world(worlds, real_redis.url)
-    assert world.manager.reach() == TierReach(Reach.OFF, Reach.UNTRIED)
+    monkeypatch.setattr(write_path, "IDLE_S", 0.05)
     real_redis.kill()
+    world = open_world(worlds, real_redis.url)
     world.read(new_keys(2))
     assert world.manager.reach() == TierReach(Reach.OFF, Reach.NEVER)
     real_redis.start()
-    world.read(new_keys(2))
-    assert world.manager.reach() == TierReach(Reach.OFF, Reach.REACHED)
+    reached(world)  # nobody asked it for anything
+
+
+def reached(world: World) -> None:
+    limit = time.monotonic() + 5
+    while world.manager.reach().redis is not Reach.REACHED:
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+
+
+ACL_NOTHING = ("ACL", "SETUSER", "default", "resetkeys")
+
+
+@pytest.mark.parametrize(
+    ("refuse", "allow"),
+    [
+        (("CONFIG", "SET", "maxmemory", "1"), ("CONFIG", "SET", "maxmemory", "0")),
+        (("REPLICAOF", "127.0.0.1", "1"), ("REPLICAOF", "NO", "ONE")),
+        (ACL_NOTHING, (*ACL_NOTHING[:3], "allkeys")),
+    ],
+    ids=["full", "read-only", "no right to a key"],
+)
+def test_a_redis_that_refuses_everything_was_never_reached(
+    real_redis: RealRedis,
+    worlds: list[World],
+    monkeypatch: pytest.MonkeyPatch,
+    refuse: tuple[str, ...],
+    allow: tuple[str, ...],
+) -> None:
+    monkeypatch.setattr(write_path, "IDLE_S", 0.05)
+    client = real_redis.client()
+    client.config_set("maxmemory-policy", "noeviction")
+    client.execute_command(*refuse)
+    world = open_world(worlds, real_redis.url, breaker_open_s=0.2)
+    quiet = time.monotonic() + 0.6
+    while time.monotonic() < quiet:
+        world.read(new_keys(2))
+        world.write(new_keys(2))
+        world.manager.forget(new_keys(1))
+        assert world.manager.reach().redis is not Reach.REACHED
+        time.sleep(0.02)
+    assert world.manager.reach().redis is Reach.NEVER
+    client.execute_command(*allow)
+    reached(world)
+
+
+def test_what_a_read_only_redis_holds_is_worth_having(
+    real_redis: RealRedis, worlds: list[World]
+) -> None:
+    keys = new_keys(2)
+    open_world(worlds, real_redis.url).write(keys)
+    real_redis.client().execute_command("REPLICAOF", "127.0.0.1", "1")
+    world = open_world(worlds, real_redis.url)
+    assert world.read(keys) == [R, R]
+    assert world.manager.reach().redis is Reach.REACHED
 
 
 def test_a_stopped_redis_holds_no_block_and_no_read_for_long(

@@ -29,6 +29,8 @@ from tests.e2e.clusters import Clusters, Running, Variant
 pytestmark = pytest.mark.cluster
 
 SEED = 17
+# Longer than any test: the worker that is held up so is never let go.
+HELD_S = 600.0
 # Nobody listens there, so no transfer connects.
 NOWHERE = "testing.transfer_relay=127.0.0.1:1"
 STRICT = Variant(
@@ -88,6 +90,17 @@ def check_told(cluster: Running, capsys: pytest.CaptureFixture[str], cause: str,
     assert why in line
 
 
+def never_ready_until(cluster: Running, why: str) -> None:
+    """From its start on it says that it is not ready, and in the end that this is the reason."""
+
+    def told() -> bool:
+        status, text = get(cluster, "/ready")
+        assert status == 503, "ready before it was known whether it is"
+        return why in text
+
+    cluster.wait(told)
+
+
 def check_well(cluster: Running, cause: str) -> None:
     cluster.wait(lambda: get(cluster, "/ready")[0] == 200)
     cluster.wait(lambda: serving(cluster), 5)
@@ -103,17 +116,20 @@ def prompt(tag: str) -> tuple[int, ...]:
 def test_events_that_are_withheld(clusters: Clusters, capsys: pytest.CaptureFixture[str]) -> None:
     cluster = clusters.get(STRICT)
     check_well(cluster, "events_unheard")
-    victim = cluster.arm("decode", Step.KV_REPLAY, Action.HANG, 1, seconds=12.0)
+    victim = cluster.arm("decode", Step.KV_REPLAY, Action.HANG, 1, seconds=HELD_S)
     check_told(cluster, capsys, "events_unheard", f"the KV events of {victim.id} do not come")
     assert cluster.fired(victim) == 1
     answer = cluster.caller.ask(prompt("events"), 8)
     assert answer.usage.kv_bytes_transferred > 0, "not ready is told; who asks is still served"
+    cluster.cluster.kill_worker(victim.id)  # the one that takes its place is held up by nothing
     check_well(cluster, "events_unheard")
 
 
 def test_kv_that_never_moves(clusters: Clusters, capsys: pytest.CaptureFixture[str]) -> None:
     cluster = clusters.get(replace(STRICT, settings=(*STRICT.settings, NOWHERE)))
-    check_told(cluster, capsys, "kv_not_moved", "KV does not move between workers: prefill_failed")
+    why = "KV does not move between workers: prefill_failed"
+    never_ready_until(cluster, why)
+    check_told(cluster, capsys, "kv_not_moved", why)
     with pytest.raises(grpc.RpcError):
         cluster.caller.ask(prompt("strict"), 8)
     cluster.check_idle()
@@ -159,6 +175,7 @@ def test_a_redis_that_was_never_reached(
         "cache.redis.breaker_open_s=0.5",
     )
     cluster = clusters.get(replace(STRICT, settings=settings))
+    never_ready_until(cluster, "the redis tier never worked: ")
     check_told(cluster, capsys, "tier_unreached", "the redis tier never worked: ")
     answer = cluster.caller.ask(prompt("redis"), 8)
     assert answer.usage.kv_bytes_transferred > 0
