@@ -142,13 +142,13 @@ class _Loader(yaml.SafeLoader):
     """Plain data alone; a key that stands twice is an error instead of the last one's victory."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        made: dict[Any, Any] = super().construct_mapping(node, deep)  # refuses what is no mapping
         seen = set()
         for name, _ in node.value:
             if isinstance(name, yaml.ScalarNode) and name.value in seen:
                 text = f"the key {name.value!r} stands there twice"
                 raise yaml.constructor.ConstructorError(None, None, text, name.start_mark)
             seen.add(name.value if isinstance(name, yaml.ScalarNode) else id(name))
-        made: dict[Any, Any] = super().construct_mapping(node, deep)
         return made
 
 

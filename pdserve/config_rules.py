@@ -6,7 +6,6 @@ type and within their own bounds.
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Callable
 from urllib.parse import urlsplit
@@ -16,7 +15,6 @@ from pdserve.errors import ConfigError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _REDIS_SCHEMES = ("redis", "rediss", "unix")
-_TRACE_MODULES = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.grpc")
 
 
 def check_rules(config: Config) -> None:
@@ -159,26 +157,6 @@ def _traces_endpoint(config: Config) -> str:
     )
 
 
-def _traces_can_be_exported(config: Config) -> str:
-    """Found out here and not at the router's start, when all the others have started."""
-    endpoint = config.telemetry.traces.endpoint
-    lacking = [name for name in _TRACE_MODULES if endpoint and not _is_installed(name)]
-    if not lacking:
-        return ""
-    return (
-        f"telemetry.traces.endpoint = {endpoint!r} needs OpenTelemetry, and {lacking[0]} is not "
-        "installed: pip install 'pdserve[otel]', or leave the endpoint empty"
-    )
-
-
-def _is_installed(module: str) -> bool:
-    """Imports at most the packages above it."""
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
-
-
 def _strict_has_prefill(config: Config) -> str:
     if not config.router.strict or config.pools.prefill > 0 or config.pools.mixed > 0:
         return ""
@@ -207,7 +185,6 @@ RULES: tuple[Callable[[Config], str], ...] = (
     _ports_differ,
     _timers_order,
     _traces_endpoint,
-    _traces_can_be_exported,
     _strict_has_prefill,
     _pools_below_bounds,
     _admin_is_guarded,

@@ -115,6 +115,8 @@ def test_a_wrong_override_names_key_value_and_choices(override: str, parts: list
         ("router:\n\thttp_port: 1", "line 2"),
         ("a: [", "line"),
         ("a: !!python/object/apply:os.getcwd []", "configuration file"),
+        ("router: !!map foo", "line 1: expected a mapping node"),
+        ("router: !!map [a, b]", "line 1: expected a mapping node"),
     ],
 )
 def test_a_wrong_file_is_refused(tmp_path: Path, text: str, part: str) -> None:

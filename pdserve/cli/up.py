@@ -15,13 +15,13 @@ from collections.abc import Callable
 from importlib.metadata import version
 from types import FrameType
 
-from pdserve.cli.checks.software import compiler
+from pdserve.cli.checks.software import compiler, traces
 from pdserve.cli.options import config_from
 from pdserve.cli.self_question import Report, ask_itself, way
 from pdserve.cli.show import PlainShow, RichShow, make_show
 from pdserve.cluster.router_view import local_address
 from pdserve.cluster.supervisor import Cluster, open_cluster
-from pdserve.errors import InternalError
+from pdserve.errors import ConfigError, InternalError
 from pdserve.telemetry.logs import setup_logging
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -59,6 +59,9 @@ def run(parsed: argparse.Namespace) -> int:
     """Serves until a signal. Raises PdserveError when the cluster does not come up whole."""
     began = time.monotonic()
     config = config_from(parsed)
+    exported = traces(config)
+    if not exported.good:
+        raise ConfigError(f"{exported.text}: {exported.remedy}")
     setup_logging(config.log, "up")
     show = make_show()
     cluster = open_cluster(config, show)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import secrets
 import subprocess
 import sys
@@ -17,6 +18,9 @@ from fronts_world import ScriptedDispatcher, World, default_script, running_worl
 from http_talk import call, post
 from scripted_worker import job
 
+from pdserve.cli import up
+from pdserve.cli.checks.software import traces
+from pdserve.cli.main import main
 from pdserve.client import Client
 from pdserve.config import Config, TelemetryConfig, TracesConfig
 from pdserve.config_load import load_config
@@ -222,13 +226,17 @@ def test_without_opentelemetry_the_error_names_the_key_and_the_extra(monkeypatch
 
 
 @pytest.mark.parametrize("lacking", ["opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.grpc"])
-def test_without_opentelemetry_the_configuration_is_refused(monkeypatch, lacking: str) -> None:
+def test_only_a_start_is_refused_without_opentelemetry(monkeypatch, capsys, lacking: str) -> None:
+    """Whoever only asks a cluster with that configuration needs none of it."""
     asked = ["telemetry.traces.endpoint=http://127.0.0.1:4317"]
-    load_config(None, asked, {})
+    assert traces(load_config(None, asked, {})).good
     monkeypatch.setitem(sys.modules, lacking, None)
-    with pytest.raises(ConfigError, match=r"telemetry\.traces\.endpoint .*pdserve\[otel\]"):
-        load_config(None, asked, {})
-    load_config(None, [], {})
+    assert not traces(load_config(None, asked, {})).good
+    assert traces(load_config(None, [], {})).good
+    monkeypatch.setattr(up, "open_cluster", None)  # is not come to
+    assert main(["up", "--set", *asked]) == 2
+    told = capsys.readouterr().err
+    assert re.search(r"telemetry\.traces\.endpoint .*pdserve\[otel\]", told), told
 
 
 def test_a_start_that_fails_leaves_no_exporter(model_folder, monkeypatch) -> None:

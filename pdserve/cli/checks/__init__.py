@@ -25,6 +25,7 @@ _CHECKS: tuple[tuple[str, Callable[[Config], Check]], ...] = (
     ("packages", software.packages),
     ("stubs", software.stubs),
     ("compiler", software.compiler),
+    ("traces", software.traces),
     ("memory", memory.memory),
     ("shared memory", memory.shared_memory),
     ("object store", memory.object_store),

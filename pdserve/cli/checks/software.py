@@ -1,7 +1,8 @@
-"""Python, the packages in the versions that ours were made for, and a compiler."""
+"""Python, the packages in the versions that ours were made for, a compiler, OpenTelemetry."""
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -15,6 +16,7 @@ from pdserve.errors import ConfigError
 
 _SHOWN = ("torch", "transformers", "ray", "grpcio", "protobuf", "redis")
 _STUBS = "import pdserve.v1.inference_pb2_grpc, pdserve.v1.worker_pb2_grpc, pdserve.v1.kv_pb2_grpc"
+_TRACE_MODULES = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.grpc")
 
 
 def python(_: Config) -> Check:
@@ -69,3 +71,28 @@ def compiler(_: Config) -> Check:
         problem = str(error)
     text = f"{problem}: attention runs without its native kernel, slower"
     return Check("compiler", False, text, fatal=False, remedy="install g++, or set CXX to one")
+
+
+def traces(config: Config) -> Check:
+    """The router alone needs it, and starts when all the others have started."""
+    endpoint = config.telemetry.traces.endpoint
+    if not endpoint:
+        return Check("traces", True, "not exported (telemetry.traces.endpoint is empty)")
+    lacking = [name for name in _TRACE_MODULES if not _is_installed(name)]
+    if not lacking:
+        return Check("traces", True, f"OpenTelemetry is there to send them to {endpoint}")
+    return Check(
+        "traces",
+        False,
+        f"telemetry.traces.endpoint = {endpoint!r} needs OpenTelemetry, and {lacking[0]} is not "
+        "installed",
+        remedy="pip install 'pdserve[otel]', or leave the endpoint empty",
+    )
+
+
+def _is_installed(module: str) -> bool:
+    """Imports at most the packages above it."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
