@@ -203,7 +203,7 @@ def test_everything_that_runs_on_is_probed_in_three_ways(profile: str) -> None:
 
 
 def test_pods_that_are_whole_clusters_are_replaced_one_by_one() -> None:
-    """What tests/e2e/test_rolling_upgrade.py does with real clusters."""
+    """The new one is ready before the old one leaves, and is not killed before it has drained."""
     objects = render("", *PODS)
     deployment = one(objects, "Deployment", "-router")["spec"]
     assert deployment["replicas"] == 3
