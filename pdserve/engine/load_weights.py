@@ -7,7 +7,9 @@
       -> everything filled -> ReadModel
 
 The empty tensors take no memory until they are written. A model whose tensors the library itself
-converts (experts that are merged, ...) or ties by their values is read first and built then.
+converts (experts that are merged, ...) is read first and built then, which takes the memory of its
+weights twice for a while. One that does not hold our tensors for another reason (some are tied by
+their values) is found out only once it is built: its files are read again from the start.
 transformers' own loader on the same folder is the reference (tests/engine/test_load_weights.py).
 """
 
@@ -23,6 +25,8 @@ from typing import Any
 import torch
 import transformers
 import xxhash
+from transformers import conversion_mapping
+from transformers.core_model_loading import WeightConverter
 
 from pdserve.engine.file_order import FileOrderReader, plan_windows, windows_ahead
 from pdserve.engine.landing import HostLanding, Landing, StagedLanding, final_dtype
@@ -45,20 +49,46 @@ def read_model(
     """``packer``: for models on the CPU; None packs nothing. ModelRefused (mostly BadWeights)."""
     try:
         shards = read_shards(path)
-        stored = [tensor for shard in shards for tensor in shard.tensors]
-        finals = _empty(stored, dtype)
-        with _reading(shards, finals, device, packer is not None) as (reader, landing):
-            model = _build(path, config, dtype, finals)
-            places = _places(model, finals)
-            finals.clear()
-            if places is not None:
-                filling = _Filling(model, places, packer)
-                revision = _read(shards, reader, landing, filling.put)
-                return ReadModel(model.to(device), revision)
-        del model
-        return _read_then_build(path, config, dtype, device, shards, packer)
+        read = None
+        if not _is_converted(path, config, shards):
+            read = _read_while_building(path, config, dtype, device, shards, packer)
+        # By now nothing of that try is held any more.
+        return read or _read_then_build(path, config, dtype, device, shards, packer)
     except OSError as error:
         raise BadWeights(f"{path} cannot be read: {first_line(error)}") from error
+
+
+def _is_converted(path: Path, config: Any, shards: Sequence[Shard]) -> bool:
+    """Whether the library makes other tensors of some of these. A hint: ``_places`` decides."""
+    kind, own = _class_of(path, config)
+    names = [tensor.name for shard in shards for tensor in shard.tensors]
+    rules_of: Any = conversion_mapping.get_checkpoint_conversion_mapping
+    rules = rules_of(kind.__name__) or rules_of(own.model_type) or ()
+    return any(
+        isinstance(rule, WeightConverter) and any(map(rule.compiled_sources.search, names))
+        for rule in rules
+    )
+
+
+def _read_while_building(
+    path: Path,
+    config: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    shards: Sequence[Shard],
+    packer: LinearPacker | None,
+) -> ReadModel | None:
+    """None: the model does not simply hold the files' tensors."""
+    finals = _empty([tensor for shard in shards for tensor in shard.tensors], dtype)
+    with _reading(shards, finals, device, packer is not None) as (reader, landing):
+        model = _build(path, config, dtype, finals)
+        places = _places(model, finals)
+        finals.clear()
+        if places is None:
+            return None
+        filling = _Filling(model, places, packer)
+        revision = _read(shards, reader, landing, filling.put)
+        return ReadModel(model.to(device), revision)
 
 
 @contextmanager

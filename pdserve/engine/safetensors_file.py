@@ -30,6 +30,7 @@ ITEM_BYTES: Mapping[str, int] = {
 }
 LARGEST_HEADER = 100_000_000  # the format's own limit
 _LENGTH_BYTES = 8
+_MOST_NUMBERS = 2**59  # so that the bytes, too, can be counted; next to a size of 0, too
 _METADATA = "__metadata__"
 
 
@@ -107,6 +108,8 @@ def _tensor(path: Path, name: str, entry: object, data: int) -> StoredTensor:
         raise BadWeights(f"{where}: its shape is no list of sizes")
     if ends is None or len(ends) != 2 or ends[0] > ends[1]:
         raise BadWeights(f"{where}: its data_offsets are no begin and end")
+    if math.prod(size for size in sizes if size) > _MOST_NUMBERS:
+        raise BadWeights(f"{where}: no tensor can have the shape {list(sizes)}")
     expected = math.prod(sizes) * ITEM_BYTES[dtype]
     if ends[1] - ends[0] != expected:
         raise BadWeights(

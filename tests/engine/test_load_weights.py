@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,28 @@ def test_layers_are_packed_while_the_rest_is_read(tmp_path: Path) -> None:
             assert torch.equal(module.weight, plain.get_submodule(name).weight), name
             if module.bias is not None:
                 assert torch.equal(module.bias, plain.get_submodule(name).bias), name
+
+
+@pytest.mark.parametrize("foreseen", [True, False])
+def test_what_the_library_converts_is_read_once_or_nothing_of_the_first_time_is_kept(
+    foreseen: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = checkpoint(tmp_path / "m", CONFIGS["experts"], 6)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    made: list[list[weakref.ref[torch.Tensor]]] = []
+    reading = load_weights._reading
+
+    def watched(shards: Any, finals: dict[str, torch.Tensor], *rest: Any) -> Any:
+        assert not [one for earlier in made for one in earlier if one() is not None], "still held"
+        made.append([weakref.ref(tensor) for tensor in finals.values()])
+        return reading(shards, finals, *rest)
+
+    monkeypatch.setattr(load_weights, "_reading", watched)
+    if not foreseen:
+        monkeypatch.setattr(load_weights, "_is_converted", lambda *_: False)
+    read = read_model(folder, config, torch.float32, CPU, None)
+    assert len(made) == (1 if foreseen else 2)
+    same(read.model, transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
 
 
 @pytest.mark.parametrize("case", ["missing", "extra", "shape"])
