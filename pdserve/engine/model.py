@@ -152,7 +152,8 @@ def _note(quantization: Quantization, done: QuantizedLayers) -> str:
     if quantization is Quantization.NONE:
         return "weights: not quantized"
     how = "in the native kernels" if done.packed_bytes else "dequantized at load, no kernel here"
-    return f"weights: {quantization.value} in {done.layers} linear layers, {how}"
+    own = f"{done.taken} of {done.layers} from the file's own blocks"
+    return f"weights: {quantization.value} in {done.layers} linear layers, {own}, {how}"
 
 
 def trace_model(model: Any, max_model_len: int) -> tuple[trace.TracedLayer, ...]:

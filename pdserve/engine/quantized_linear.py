@@ -64,6 +64,7 @@ class QuantizedLayers:
     """What quantize_linears did."""
 
     layers: int = 0
+    taken: int = 0  # of them: with the codes of the given blocks; the others were rounded
     packed_bytes: int = 0  # of the layers in the kernels: all, or none
     revision: str = ""  # of weights that were taken as they are
 
@@ -101,7 +102,7 @@ def quantize_linears(
     revision = "" if blocks is None else weights_revision((blocks,))
     native = groups_work(library)
     head = model.get_output_embeddings()
-    layers = packed_bytes = 0
+    layers = taken = packed_bytes = 0
     for name, layer in list(model.named_modules()):
         if type(layer) is not nn.Linear or not can_quantize(layer):
             continue
@@ -109,6 +110,8 @@ def quantize_linears(
         quantized = given.get(name)
         if quantized is None or quantized.bits != bits or quantized.codes.shape != _shape(layer):
             quantized = quantize(layer.weight, bits)
+        else:
+            taken += 1
         layers += 1
         if native and library is not None and layer.weight.dtype is torch.bfloat16:
             parent, _, own = name.rpartition(".")
@@ -119,7 +122,7 @@ def quantize_linears(
             values = dequantize(quantized).to(layer.weight.device, layer.weight.dtype)
             # A parameter of its own: the output layer's may be the embeddings', which stay.
             layer.weight = nn.Parameter(values, requires_grad=False)
-    return QuantizedLayers(layers, packed_bytes, revision)
+    return QuantizedLayers(layers, taken, packed_bytes, revision)
 
 
 def _shape(layer: nn.Linear) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from pdserve.engine.convert import convert_gguf
 from pdserve.engine.dtypes import resolve_dtype
 from pdserve.engine.model import load_model
 from pdserve.engine.progress import Progress
+from pdserve.engine.quantized import Quantization
 from pdserve.engine.resolve import PreparedModel, prepare_model
 from pdserve.errors import ConfigError
 from pdserve.types import Numerics
@@ -65,6 +66,21 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = Path(said[0][-1])
     assert left == {folder.name, folder.name + ".lock"}
     return folder
+
+
+def test_all_its_own_blocks_are_taken_by_int4_weights(smollm2: Path) -> None:
+    model = load_model(
+        smollm2,
+        dtype="bfloat16",
+        numerics=Numerics.FAST,
+        device=CPU,
+        quantization=Quantization.INT4,
+        max_model_len=64,
+        library=kernel(),
+    )
+    blocks = 30 * 7 + 1
+    told = f"int4 in {blocks} linear layers, {blocks} of {blocks} from the file's own blocks"
+    assert told in model.weights_note
 
 
 def test_the_folder_has_all_that_a_server_needs(smollm2: Path) -> None:

@@ -173,7 +173,7 @@ def test_layers_without_whole_groups_stay_and_a_model_of_such_alone_is_refused(
         "quantization": Quantization.INT4,
     }
     some = load_model(family_folder("llama"), **options)
-    assert "int4 in 3 linear layers" in some.weights_note
+    assert "int4 in 3 linear layers, 0 of 3 from the file's own blocks" in some.weights_note
     plain = load_model(family_folder("llama"), **{**options, "quantization": Quantization.NONE})
     for name, weight in plain.model.named_parameters():
         kept = torch.equal(weight, some.model.get_parameter(name))
