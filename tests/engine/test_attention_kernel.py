@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import time
@@ -32,11 +33,11 @@ def test_it_is_built_once_and_then_loaded(tmp_path: Path) -> None:
 def test_workers_that_start_together_compile_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a compiler with arguments, which takes its time and says how often it compiled."""
-    compiler, said = tmp_path / "compiler", tmp_path / "said"
+    """By a compiler with arguments, which says how often it compiled, and ends when it may."""
+    compiler, said, may_end = tmp_path / "compiler", tmp_path / "said", tmp_path / "may-end"
     compiler.write_text(COMPILER.format(made=kernel()._name))
     compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", f"env SAID='{said}' {compiler} -pipe")
+    monkeypatch.setenv("CXX", f"env SAID='{said}' MAY_END='{may_end}' {compiler} -pipe")
     code = (
         "import sys\n"
         "from pathlib import Path\n"
@@ -46,6 +47,13 @@ def test_workers_that_start_together_compile_once(
     starting = [
         subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "kernels")]) for _ in range(3)
     ]
+    limit = time.monotonic() + 60
+    while not (said.exists() and all(is_at_the_lock(process.pid) for process in starting)):
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+    time.sleep(0.2)  # for those whom nothing holds back
+    assert said.read_text() == "-pipe\n"
+    may_end.touch()
     assert [process.wait(60) for process in starting] == [0, 0, 0]
     assert said.read_text() == "-pipe\n"
 
@@ -55,9 +63,16 @@ COMPILER = """#!/bin/sh
 case "$*" in
   *--version*) echo one that is tried ;;
   *-shared*) for out; do :; done; cp {made} "$out" ;;
-  *) echo "$1" >> "$SAID"; sleep 2 ;;
+  *) echo "$1" >> "$SAID"; until [ -e "$MAY_END" ]; do sleep 0.05; done ;;
 esac
 """
+
+
+def is_at_the_lock(pid: int) -> bool:
+    """Holds it, or waits for it."""
+    with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+        return any(fd.readlink().name == "build.lock" for fd in Path(f"/proc/{pid}/fd").iterdir())
+    return False
 
 
 def test_a_builder_that_was_stopped_is_not_waited_for_forever(tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 from router_harness import cluster, collect, drive, tokens
 from scripted_worker import Raw, ScriptedWorker, Shift, Write, answer, job
@@ -67,21 +65,27 @@ def test_without_continuity_tokens_repeat_or_lack(monkeypatch: pytest.MonkeyPatc
         drive(a_repeat_and_a_gap)
 
 
-async def the_same_id_twice() -> int:
-    """How many attempts a request costs that a client sends twice, say for want of an answer."""
+async def the_same_id_twice() -> tuple[int, bool]:
+    """How many attempts a request costs that a client sends twice, say for want of an answer.
+
+    And whether the second one was refused.
+    """
     worker = ScriptedWorker("d0", token_delay_s=0.02)
     async with cluster(worker) as made:
         stream = made.dispatcher.generate(job("twice", prompt=PROMPT, tokens=8))
         first = [await anext(stream)]
-        with contextlib.suppress(DuplicateRequest):
+        refused = False
+        try:
             await collect(made, job("twice", prompt=PROMPT, tokens=8))
+        except DuplicateRequest:
+            refused = True
         first += [delta async for delta in stream]
         assert tokens(first) == answer(PROMPT, 8)
-        return len(worker.starts)
+        return len(worker.starts), refused
 
 
 def test_deduplication() -> None:
-    assert drive(the_same_id_twice) == 1
+    assert drive(the_same_id_twice) == (1, True)
 
 
 def test_without_deduplication_a_duplicate_is_worked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,4 +97,4 @@ def test_without_deduplication_a_duplicate_is_worked_for(monkeypatch: pytest.Mon
         return plain(self, request)
 
     monkeypatch.setattr(RequestBook, "open", forgetful)
-    assert drive(the_same_id_twice) == 2
+    assert drive(the_same_id_twice) == (2, False)
