@@ -118,9 +118,11 @@ def _watch_raylet(
 ) -> RayletWatch:
     """Of this host's entry in Ray's own list."""
     here = _ray().get_runtime_context().get_node_id()
-    (path,) = [str(node["RayletSocketName"]) for node in nodes if node["NodeID"] == here]
+    paths = [str(node["RayletSocketName"]) for node in nodes if node["NodeID"] == here]
+    if not paths:
+        raise ConfigError("Ray does not count this host among its living nodes: join it again")
     try:
-        return RayletWatch(path, lambda: on_death("Ray's raylet on this host ended"))
+        return RayletWatch(paths[0], lambda: on_death("Ray's raylet on this host ended"))
     except OSError as error:
         raise ConfigError(f"Ray's raylet on this host does not answer: {error}") from error
 
