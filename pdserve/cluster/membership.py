@@ -8,6 +8,8 @@ An actor is asked again only when it answered the last time, so a frozen one cos
 and holds up nobody; the router's own heartbeats judge it. While Ray's control plane does not
 answer, nobody is declared gone: what the router knows stays as it is and streams run on. An actor
 from before such a time that ends after it is replaced: Ray may not tell of it again (decision 5).
+
+An error that nobody foresaw ends membership, and with it the cluster's use: it is told at once.
 """
 
 from __future__ import annotations
@@ -23,11 +25,11 @@ from typing import Any, Protocol
 
 import grpc
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
 from pdserve.cluster.actor import StartFailure
 from pdserve.config import TimersConfig
-from pdserve.errors import ConfigError
+from pdserve.errors import ConfigError, InternalError, PdserveError
 from pdserve.rpc import convert
 from pdserve.rpc.channels import make_channel
 from pdserve.rpc.identity import Identity
@@ -44,6 +46,8 @@ REPUSH_S = 10.0
 _REFUSED = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
 CONTROL_PLANE_TIMEOUT_S = 2.0
 CONTROL_PLANE_LOOK_S = 1.0
+# Of Ray's two calls; only a Ray that is broken takes longer.
+RENEW_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +104,11 @@ class Membership:
         identity: Identity,
         timers: TimersConfig,
         note: Callable[[str], None],
-        renew: Callable[[WorkerId], Any | None],
+        renew: Callable[[WorkerId, Any], Any | None],
+        on_failure: Callable[[PdserveError], None] = lambda error: None,
     ) -> None:
-        """``renew`` replaces a worker's actor, if it may; it blocks."""
+        """``renew`` replaces a worker's actor, if it may; it blocks. ``on_failure`` hears why
+        nobody is watched any more."""
         # Changed by other threads, under the lock of ``_changed``.
         self._actors = dict(actors)
         self._duties = dict.fromkeys(actors, Duty.SERVE)
@@ -112,6 +118,8 @@ class Membership:
         self._timers = timers
         self._note = note
         self._renew = renew
+        self._on_failure = on_failure
+        self._failure: PdserveError | None = None
         self._seen = {worker: Seen() for worker in actors}
         self._changed = threading.Condition()
         # The router's generation, and what it was told.
@@ -126,6 +134,7 @@ class Membership:
         # One thread: calls to Ray's control plane block while it is away.
         self._control = ThreadPoolExecutor(1, "ray-control")
         self._control_call: asyncio.Future[Any] | None = None
+        self._renewals = ThreadPoolExecutor(1, "ray-renew")
         self._thread = threading.Thread(target=self._run, name="membership", daemon=True)
 
     def start(self) -> None:
@@ -139,7 +148,8 @@ class Membership:
             self._loop.call_soon_threadsafe(self._stop.set)
             self._thread.join()
         self._loop.close()
-        self._control.shutdown(wait=False, cancel_futures=True)
+        for executor in (self._control, self._renewals):
+            executor.shutdown(wait=False, cancel_futures=True)
 
     # ---- the plan: who is to exist, and for what -------------------------------------------------
 
@@ -185,12 +195,19 @@ class Membership:
         return tuple(seen.facts for seen in self.seen.values() if seen.facts is not None)
 
     def wait(self, done: Callable[[Mapping[WorkerId, Seen]], bool], timeout_s: float) -> bool:
-        """Waits until ``done`` holds of what is seen, and the router was told of all of it."""
+        """Waits until ``done`` holds of what is seen, and the router was told of all of it.
+
+        False: not in time. Raises, at once, why it never will: membership has ended.
+        """
         limit = time.monotonic() + timeout_s
         with self._changed:
             while not (done(self._seen) and self._is_pushed()):
+                if self._failure is not None:
+                    raise self._failure
+                if not self._thread.is_alive():
+                    raise InternalError("membership was stopped")
                 left = limit - time.monotonic()
-                if left <= 0 or not self._thread.is_alive():
+                if left <= 0:
                     return False
                 self._changed.wait(min(left, 0.5))
             return True
@@ -206,7 +223,19 @@ class Membership:
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
-        self._loop.run_until_complete(self._main())
+        try:
+            self._loop.run_until_complete(self._main())
+        except Exception as error:
+            logger.exception("membership ended")
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        if not isinstance(error, PdserveError):
+            error = InternalError(f"membership ended: {type(error).__name__}: {error}")
+        with self._changed:
+            self._failure = error
+            self._changed.notify_all()
+        self._on_failure(error)
 
     async def _main(self) -> None:
         push = asyncio.create_task(self._push_changes())
@@ -245,11 +274,14 @@ class Membership:
         while True:
             try:
                 answer = await asyncio.wrap_future(actor.describe.remote().future())
-            except RayActorError:
+            except RayActorError as error:
                 if await self._nodes() is not None:
                     self._set_gone(worker)
-                    if heard_of != (returns := self._returns):
-                        actor, heard_of = await self._renewed(worker, actor), returns
+                    returns = self._returns
+                    # One that is only unavailable may live, and come back by itself.
+                    is_due = heard_of != returns and not isinstance(error, ActorUnavailableError)
+                    if is_due and (made := await self._renewed(worker, actor)):
+                        actor, heard_of = made, returns
             except RayError as error:
                 logger.warning("%s: asking it failed: %s", worker, type(error).__name__)
             else:
@@ -259,11 +291,17 @@ class Membership:
                     self._set_failed(worker, answer)
             await asyncio.sleep(_pause(self._before(worker)))
 
-    async def _renewed(self, worker: WorkerId, actor: Any) -> Any:
+    async def _renewed(self, worker: WorkerId, actor: Any) -> Any | None:
+        """Who took its place. None: nobody may, or could for now."""
         loop = asyncio.get_running_loop()
-        made = await loop.run_in_executor(self._control, self._renew, worker)
+        call = loop.run_in_executor(self._renewals, self._renew, worker, actor)
+        try:
+            made = await asyncio.wait_for(call, RENEW_TIMEOUT_S)
+        except Exception as error:  # Ray's are of many kinds; the next question tries it again
+            logger.warning("%s: it was not replaced: %s: %s", worker, type(error).__name__, error)
+            return None
         if made is None:
-            return actor
+            return None
         with self._changed:
             if worker in self._actors:
                 self._actors[worker] = made

@@ -162,21 +162,30 @@ class Pools:
         ray.kill(actor, no_restart=True)
         remove_placement_group(group)
 
-    def renew(self, worker: WorkerId) -> Any | None:
+    def renew(self, worker: WorkerId, silent: Any) -> Any | None:
         """Another actor in the place of one that Ray says nothing of any more; None: it may not.
 
         Ray does not tell an owner that outlived its head what becomes of actors from before
-        (decision 5): it starts them again, and the owner's handles never hear of that.
+        (decision 5): it starts them again, and the owner's handles never hear of that. May raise
+        what Ray raises, or take for ever; whoever asks again gets what a late call made.
         """
+        if not self._spec.config.pools.restart_workers:
+            return None
         with self._changing:
             actor = self.actors.get(worker)
-            if actor is None or not self._spec.config.pools.restart_workers:
-                return None
-            ray.kill(actor, no_restart=True)
+            if actor is None or actor is not silent:
+                return actor
+            group = self._groups[worker]
             self._renewed[worker] = self._renewed.get(worker, 0) + 1
-            made = self.actors[worker] = self._actor(self._added[worker], self._groups[worker])
-        made.describe.remote()
-        return made
+        ray.kill(actor, no_restart=True)
+        made = self._actor(self._added[worker], group)
+        with self._changing:
+            if self.actors.get(worker) is actor:
+                self.actors[worker] = made
+                made.describe.remote()
+                return made
+        ray.kill(made, no_restart=True)  # the worker was removed meanwhile
+        return None
 
     def kill(self, worker: WorkerId) -> None:
         """Ends a worker at once; Ray starts it anew, where workers are restarted."""

@@ -79,6 +79,7 @@ class Cluster:
         # Set when the cluster can no longer do its work and will not mend.
         self.broken = threading.Event()
         self.broken_by = ""
+        self._ray_ended = False
         self._stopping = threading.Event()
         self._starting_router = threading.Lock()
 
@@ -140,7 +141,7 @@ class Cluster:
                 return
             self._stopping.set()
         try:
-            if self.broken.is_set() and self.config.pools.ray_address == LOCAL:
+            if self._ray_ended and self.config.pools.ray_address == LOCAL:
                 drain_s = 0.0  # all workers ended with their Ray: nothing can go on
             self._stop_parts(self.config.timers.drain_s if drain_s is None else drain_s)
         finally:
@@ -285,6 +286,10 @@ class Cluster:
         self._progress.end("ray", "Ray: one of our own" if self._ray.owned else f"Ray: {address}")
 
     def _on_ray_death(self, what: str) -> None:
+        self._ray_ended = True
+        self._break(what)
+
+    def _break(self, what: str) -> None:
         if self.broken.is_set():  # one end brings another
             return
         self.broken_by = what
@@ -325,6 +330,7 @@ class Cluster:
             timers,
             self._progress.note,
             self._pools.renew,
+            lambda error: self._break(str(error)),
         )
         self._membership.start()
         minimum = pools.minimum(self.config)

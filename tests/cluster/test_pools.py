@@ -2,82 +2,34 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import shutil
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from threading import Event, Thread, current_thread
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from pdserve.cluster import orphans, ray_node
+from pdserve.cluster.supervisor import Secrets, open_cluster
 from pdserve.config import Config, PoolsConfig
 from pdserve.errors import ConfigError
-from pdserve.rpc.channels import bind, make_server
-from pdserve.rpc.identity import Caller, mint
 from pdserve.types import Role, WorkerId
-from pdserve.v1 import worker_pb2, worker_pb2_grpc
+from pdserve.v1 import worker_pb2
+from tests.cluster.stands import (
+    RecordingRouter,
+    Renewals,
+    Scripted,
+    Stand,
+    eventually,
+    facts_of,
+)
 
 # pdserve.cluster.pools and membership import Ray, which must see the environment of its start.
-
-TOKEN = "cluster-token"
-MODULES = dict.fromkeys(Role, "fake_role")
-
-
-def eventually(true: Callable[[], object], within_s: float = 20.0) -> None:
-    limit = time.monotonic() + within_s
-    while not true():
-        assert time.monotonic() < limit, "it never became true"
-        time.sleep(0.02)
-
-
-class RecordingRouter(worker_pb2_grpc.MembershipServicer):
-    """A real gRPC server that keeps what it is told; ``restart`` forgets it, as a router does."""
-
-    def __init__(self) -> None:
-        self.generation = 1
-        self.pushes: list[list[worker_pb2.WorkerInfo]] = []
-        self.address = ""
-        self._loop = asyncio.new_event_loop()
-        self._serving = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-        assert self._serving.wait(10)
-
-    async def SetWorkers(self, request: Any, context: Any) -> Any:
-        self.pushes.append(list(request.workers))
-        return worker_pb2.SetWorkersResponse()
-
-    def restart(self) -> None:
-        self.pushes.clear()
-        self.generation += 1
-
-    def close(self) -> None:
-        self._loop.call_soon_threadsafe(self._closing.set)
-        self._thread.join()
-
-    @property
-    def told(self) -> dict[str, bytes]:
-        """Incarnations by id, as last pushed."""
-        return {w.id: w.incarnation for w in self.pushes[-1]} if self.pushes else {}
-
-    def _run(self) -> None:
-        self._loop.run_until_complete(self._serve())
-
-    async def _serve(self) -> None:
-        self._closing = asyncio.Event()
-        server = make_server(mint(TOKEN, Caller.ROUTER))
-        worker_pb2_grpc.add_MembershipServicer_to_server(self, server)
-        self.address = f"127.0.0.1:{bind(server, '127.0.0.1:0')}"
-        await server.start()
-        self._serving.set()
-        await self._closing.wait()
-        await server.stop(0)
 
 
 @pytest.fixture(scope="module")
@@ -96,54 +48,6 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ray_node.RayNode]
     orphans.sweep(state, grace_s=5)
     assert orphans.find_marked(state) == ()
     shutil.rmtree(short)
-
-
-class Stand:
-    """Pools and membership of one cluster over the shared Ray."""
-
-    def __init__(
-        self, node: ray_node.RayNode, folder: Path, pools: PoolsConfig, gpus: float = 0.0
-    ) -> None:
-        """``gpus`` of each worker, beyond what a configuration may ask for."""
-        from pdserve.cluster.membership import Membership
-        from pdserve.cluster.pools import Pools, PoolSpec, plan_pools
-
-        self.node = node
-        self.folder = folder
-        self.notes: list[str] = []
-        config = replace(Config(name=folder.name), pools=pools)
-        spec = PoolSpec(
-            config, "here", "127.0.0.1", str(folder / "m"), TOKEN, bytes(32), "", 3, folder, MODULES
-        )
-        plans = [replace(plan, gpus=gpus) for plan in plan_pools(config, gpus=0, nodes=1)]
-        self.pools = Pools(spec, plans)
-        self.router = RecordingRouter()
-        self.pools.create()
-        self.membership = Membership(
-            self.pools.actors,
-            self.router,
-            lambda: self.router.address,
-            mint(TOKEN, Caller.SUPERVISOR),
-            config.timers,
-            self.notes.append,
-            self.pools.renew,
-        )
-        self.membership.start()
-
-    def all_present(self) -> bool:
-        return self.membership.wait(lambda s: all(one.facts for one in s.values()), 30)
-
-    def pid(self, worker: str) -> int:
-        facts = self.membership.seen[WorkerId(worker)].facts
-        return facts.pid if facts is not None else 0
-
-    def close(self) -> None:
-        pids = [facts.pid for facts in self.membership.workers()]
-        self.membership.stop()
-        self.pools.stop([facts.id for facts in self.membership.workers()], 0.5, 5.0)
-        self.router.close()
-        for pid in pids:
-            assert orphans.wait_gone(pid, 10)
 
 
 @pytest.fixture
@@ -269,12 +173,20 @@ def test_devices_of_a_worker_are_reserved_as_one(
     """As many as it asks for, on one host, or none: four hold two workers of two."""
     one = stand(gpus=2.0, prefill=1, decode=2)
     assert one.membership.wait(lambda s: sum(e.facts is not None for e in s.values()) == 2, 30)
-    time.sleep(1.0)
     present = [str(facts.id) for facts in one.membership.workers()]
-    assert len(present) == 2, "the third waits"
+    states = {worker: group_state(one, worker) for worker in one.pools.actors}
+    assert sorted(states.values()) == ["CREATED", "CREATED", "PENDING"], states
+    assert {worker for worker, state in states.items() if state == "CREATED"} == set(present)
     first, second = (devices(tmp_path, worker) for worker in present)
     assert len(first) == len(second) == 2
     assert first | second == {"0", "1", "2", "3"}
+
+
+def group_state(one: Stand, worker: WorkerId) -> str:
+    """Whether Ray found a place for it, as Ray tells it."""
+    from ray.util.placement_group import placement_group_table
+
+    return str(placement_group_table(one.pools._groups[worker])["state"])
 
 
 def devices(folder: Path, worker: str) -> set[str]:
@@ -312,34 +224,119 @@ def test_a_joined_ray_must_offer_the_roles(node: ray_node.RayNode) -> None:
         ray_node.check_resources({Role.PREFILL: 1, Role.DECODE: 20000})
 
 
-def test_a_ray_that_is_not_there_is_one_clear_line(tmp_path: Path) -> None:
-    begin = time.monotonic()
-    with pytest.raises(ConfigError, match=r"127\.0\.0\.1:1'.*Connection refused"):
-        ray_node.start_ray("127.0.0.1:1", tmp_path, "x:y", 1)
-    assert time.monotonic() - begin < 5
+def test_a_worker_that_goes_while_it_is_renewed_leaves_nothing(
+    stand: Callable[..., Stand], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray may keep a call for ever; who removes the worker meanwhile does not wait for that."""
+    import ray
 
+    one = stand(prefill=0, decode=1)
+    assert one.all_present()
+    worker, kill, asked, released = WorkerId("decode-0"), ray.kill, Event(), Event()
 
-def test_a_ray_that_was_imported_before_still_starts(tmp_path: Path) -> None:
-    import subprocess
-    import sys
+    def slow_kill(actor: Any, *, no_restart: bool) -> None:
+        if current_thread().name == "renewing":
+            asked.set()
+            assert released.wait(30)
+        kill(actor, no_restart=no_restart)
 
-    (tmp_path / ".ray").mkdir()
-    (tmp_path / ".ray" / "auth_token").write_text("ab" * 32)  # of another Ray of the user
-    short = Path(f"/tmp/pds-test-early-{os.getpid()}")
-    code = (
-        "import sys, ray; from pathlib import Path\n"
-        "from pdserve.cluster.ray_node import start_ray\n"
-        "node = start_ray('local', Path(sys.argv[1]), sys.argv[2], 1); node.stop()"
+    first = one.pools.actors[worker]
+    second = one.pools.renew(worker, first)
+    assert second is not None
+    assert second is not first
+    assert one.pools.renew(worker, first) is second, "who asks late gets who is there"
+    monkeypatch.setattr(ray, "kill", slow_kill)
+    made: list[Any] = []
+    renewing = Thread(
+        target=lambda: made.append(one.pools.renew(worker, second)), name="renewing", daemon=True
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(short), orphans.mark_value(tmp_path, "r")],
-        env={**os.environ, "HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
+    renewing.start()
+    assert asked.wait(10)
+    removing = Thread(target=one.pools.remove, args=(worker, False, 1.0), daemon=True)
+    removing.start()
+    removing.join(10)
+    held = removing.is_alive()
+    released.set()
+    renewing.join(30)
+    assert not held, "the removal waited for the renewal"
+    assert made == [None]
+    space = f"pdserve-{one.folder.name}"
+    named = ray.util.list_named_actors
+    eventually(lambda: all(actor["namespace"] != space for actor in named(all_namespaces=True)))
+
+
+@pytest.fixture
+def renewals(node: ray_node.RayNode, monkeypatch: pytest.MonkeyPatch) -> Iterator[Renewals]:
+    made = Renewals(monkeypatch)
+    yield made
+    made.close()
+
+
+def test_after_the_heads_return_only_the_dead_are_replaced_and_errors_end_nothing(
+    renewals: Renewals,
+) -> None:
+    from ray.exceptions import ActorDiedError, ActorUnavailableError
+
+    renewals.actor.answer = ActorUnavailableError("connection reset", None)
+    asked = renewals.actor.asked
+    eventually(lambda: renewals.actor.asked >= asked + 3)
+    assert renewals.renewals == 0, "it was cut off, and may well live"
+    renewals.actor.answer = facts_of(renewals.worker, 1)
+    assert renewals.present()
+
+    def refuse(worker: WorkerId, actor: Any) -> Any:
+        raise ValueError("the name is taken")
+
+    renewals.renew = refuse
+    renewals.actor.answer = ActorDiedError()
+    eventually(lambda: renewals.renewals >= 2)
+    renewals.renew = lambda worker, actor: Scripted(facts_of(worker, 2))
+    assert renewals.present()
+    eventually(lambda: renewals.pid() == 2)
+
+
+def test_a_renewal_that_takes_for_ever_holds_up_nothing(
+    renewals: Renewals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.exceptions import ActorDiedError
+
+    from pdserve.cluster import membership
+
+    monkeypatch.setattr(membership, "RENEW_TIMEOUT_S", 4.0)
+    released, made = Event(), Scripted(facts_of(renewals.worker, 2))
+
+    def hang(worker: WorkerId, actor: Any) -> Any:
+        assert released.wait(60)
+        return made
+
+    renewals.renew = hang
+    renewals.actor.answer = ActorDiedError()
+    asked = renewals.actor.asked
+    try:
+        eventually(lambda: renewals.actor.asked >= asked + 2)  # given up once
+        assert "Ray's control plane is away" not in renewals.notes
+    finally:
+        released.set()
+    eventually(lambda: renewals.pid() == 2)
+
+
+def test_the_end_of_membership_ends_the_start_and_the_cluster(
+    node: ray_node.RayNode, tmp_path: Path
+) -> None:
+    """Nobody would be replaced any more; here the router refuses what it is told."""
+    router = RecordingRouter()
+    cluster = open_cluster(Config(name="ended", state_dir=str(tmp_path / "state")))
+    cluster._pools = cast(Any, SimpleNamespace(actors={}, renew=None))
+    cluster._router = cast(
+        Any, SimpleNamespace(generation=1, addresses=SimpleNamespace(internal=router.address))
     )
-    shutil.rmtree(short)
-    assert done.returncode == 0, done.stderr
-    assert "without an access token" in done.stderr
-    assert orphans.find_marked(tmp_path) == ()
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match="the router refuses the cluster's credential"):
+        cluster._start_membership(Secrets("another-token", bytes(32)))
+    assert time.monotonic() - began < 10, "it went on to wait"
+    assert cluster.broken.wait(5)
+    assert "refuses the cluster's credential" in cluster.broken_by
+    assert cluster._membership is not None
+    cluster._membership.stop()
+    cluster.run.close()
+    router.close()
