@@ -16,6 +16,7 @@ from cache_tiers.keys import KeyMaker
 from pdserve.config import Config
 from pdserve.engine import api
 from pdserve.engine.build import BuiltEngine, build_engine
+from pdserve.engine.host_memory import HostShare
 from pdserve.engine.resolve import default_cache, prepare_model
 from pdserve.errors import Cancelled
 from pdserve.types import ID_BYTES, AttemptTokens, Incarnation, Sampling
@@ -54,7 +55,7 @@ class BareEngine:
             hasher=self._keys.child,
             has_tiers=False,
             sink=self._sink,
-            workers_on_host=1,
+            share=HostShare(),
         )
         self._root = self._keys.root(self.built.facts.fingerprint, b"")
         self.built.engine.start()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from cache_tiers.kv_events import KvEventPublisher
-from cache_tiers.manager import TierManager
+from cache_tiers.manager import WRITE_LIMITS, TierManager
 from pdserve.config import CacheConfig
 from pdserve.engine.memory import PoolMemory
 from pdserve.types import Fingerprint, Tier, TierBlocks, TierReach
@@ -24,7 +24,7 @@ class WorkerCaches:
     def __init__(self, boot: WorkerBoot, memory: PoolMemory, fingerprint: Fingerprint) -> None:
         cache = boot.config.cache
         self._manager: TierManager | None = None
-        if self.wanted(cache, boot.redis_url):
+        if self.memory_bytes(cache, boot.redis_url):
             self._manager = TierManager(
                 cache,
                 span_bytes=memory.span_bytes,
@@ -36,8 +36,12 @@ class WorkerCaches:
         self._publisher = KvEventPublisher(boot.host) if cache.kv_events else None
 
     @staticmethod
-    def wanted(cache: CacheConfig, redis_url: str) -> bool:
-        return cache.host.bytes_max > 0 or bool(redis_url)
+    def memory_bytes(cache: CacheConfig, redis_url: str) -> int:
+        """What the tiers take of the host at most: the host tier, and what waits for Redis.
+
+        0 where no tier is wanted.
+        """
+        return cache.host.bytes_max + (WRITE_LIMITS.aside_bytes if redis_url else 0)
 
     def ports(self) -> Ports:
         publisher = self._publisher

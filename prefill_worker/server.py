@@ -22,8 +22,8 @@ class PrefillWorker:
 
     def __init__(self, boot: WorkerBoot) -> None:
         config = boot.config
-        has_tiers = WorkerCaches.wanted(config.cache, boot.redis_url)
-        self._core = WorkerCore(boot, KeyMaker(boot.hash_key).child, has_tiers)
+        tier_bytes = WorkerCaches.memory_bytes(config.cache, boot.redis_url)
+        self._core = WorkerCore(boot, KeyMaker(boot.hash_key).child, tier_bytes)
         built = self._core.built
         self._caches = WorkerCaches(boot, built.memory, built.facts.fingerprint)
         self._exporter = PoolExporter(

@@ -14,8 +14,10 @@ import importlib
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from pdserve.engine.host_memory import Memory
 from pdserve.errors import Draining, InternalError, PdserveError
 from pdserve.telemetry import setup_logging
 from pdserve.types import WorkerFacts
@@ -39,6 +41,7 @@ class ActorBoot:
     worker: WorkerBoot
     module: str  # holds start_worker
     log: str  # file for all output; empty leaves it to Ray
+    memory: Mapping[str, Memory]  # of each host that was there at first, by Ray's id of the node
 
 
 class WorkerActor:
@@ -63,7 +66,7 @@ class WorkerActor:
         _set_up_logging(boot)
         try:
             start = importlib.import_module(boot.module).start_worker
-            self._running = start(_placed(boot.worker))
+            self._running = start(_placed(boot))
         except PdserveError as error:
             logger.error("does not start: %s", error)
             self._failure = StartFailure(error.code, str(error))
@@ -79,14 +82,16 @@ class WorkerActor:
             running.stop(drain_s)
 
 
-def _placed(boot: WorkerBoot) -> WorkerBoot:
-    """Fills in where Ray put us, unless the owner knew."""
-    if boot.host and boot.node:
-        return boot
+def _placed(boot: ActorBoot) -> WorkerBoot:
+    """Fills in where Ray put us, unless the owner knew, and what memory there was."""
     import ray  # noqa: PLC0415
 
+    worker = boot.worker
+    memory = boot.memory.get(ray.get_runtime_context().get_node_id())
+    if worker.host and worker.node:
+        return replace(worker, memory=memory)
     address = str(ray.util.get_node_ip_address())
-    return replace(boot, host=boot.host or address, node=boot.node or address)
+    return replace(worker, host=worker.host or address, node=worker.node or address, memory=memory)
 
 
 def _set_up_logging(boot: ActorBoot) -> None:

@@ -1,6 +1,7 @@
 """Which workers a configuration asks for, and their actors in Ray.
 
 plan_pools (pure) -> Pools.create -> ... Pools.kill (Ray restarts it) ... -> Pools.stop
+                     (measures the hosts' memory, once for all starts of their workers)
 
 All are asked for at once. One for which no node has room waits in Ray, whose autoscaler hears of
 it, and starts when a node comes.
@@ -23,11 +24,15 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
 
 from pdserve.cluster.actor import ActorBoot, WorkerActor
 from pdserve.cluster.ray_node import RayNode
 from pdserve.config import Config
+from pdserve.engine.host_memory import Memory, measure_host
 from pdserve.errors import ConfigError
 from pdserve.rpc.identity import Caller, mint
 from pdserve.rpc.tls import internal_tls
@@ -43,6 +48,8 @@ _CALLERS = {
 logger = logging.getLogger(__name__)
 
 _RAY_CALLS_S = 5.0
+# A host's first task waits for a process of Ray's.
+_MEASURE_S = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,10 +144,12 @@ class Pools:
         self._renewed: dict[WorkerId, int] = {}
         self._added: dict[WorkerId, WorkerPlan] = {}
         self._changing = threading.Lock()  # of who has which actor
+        self._memory: Mapping[str, Memory] = {}
 
     def create(self) -> None:
         """Asks Ray for all actors at once and returns; they start side by side."""
         self._end_leftovers()
+        self._memory = _measure_hosts()
         for plan in self.plans:
             self.add(plan)
 
@@ -256,7 +265,7 @@ class Pools:
             workers_on_host=plan.sharing,
         )
         log = str(spec.logs / f"{plan.id}.log") if spec.logs is not None else ""
-        return ActorBoot(worker, spec.modules[plan.role], log)
+        return ActorBoot(worker, spec.modules[plan.role], log, self._memory)
 
     def _end_leftovers(self) -> None:
         """Ends actors that a killed run left in a joined Ray; the name's lock is ours."""
@@ -270,6 +279,27 @@ class Pools:
             names = ray.util.list_named_actors(all_namespaces=True)
             left = [entry["name"] for entry in names if entry["namespace"] == namespace]
             time.sleep(0.05)
+
+
+def _measure_hosts() -> dict[str, Memory]:
+    """Of each node that takes workers, by its id. One that does not answer in time is left out."""
+    here, roles = ray.get_runtime_context().get_node_id(), {role.value for role in Role}
+    nodes = [n["NodeID"] for n in ray.nodes() if n["Alive"] and roles & n["Resources"].keys()]
+    found = {here: measure_host()} if here in nodes else {}
+    asked = {
+        ray.remote(measure_host)
+        .options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
+        .remote(): node
+        for node in nodes
+        if node != here
+    }
+    answered = ray.wait([*asked], num_returns=len(asked), timeout=_MEASURE_S)[0] if asked else ()
+    for answer in answered:
+        try:
+            found[asked[answer]] = ray.get(answer)
+        except RayError as error:
+            logger.warning("the memory of a host was not measured: %s", type(error).__name__)
+    return found
 
 
 def _bundle(plan: WorkerPlan) -> dict[str, float]:

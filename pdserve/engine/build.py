@@ -19,6 +19,7 @@ from pdserve.engine.api import BlockHasher, EventSink
 from pdserve.engine.decode_graph import cuda_capture
 from pdserve.engine.dtypes import resolve_dtype
 from pdserve.engine.engine import Engine
+from pdserve.engine.host_memory import HostShare, Memory
 from pdserve.engine.layout import BlockLayout, block_layout, fingerprint
 from pdserve.engine.memory import PoolMemory, allocate_cuda, allocate_shared
 from pdserve.engine.model import LoadedModel, load_model
@@ -53,17 +54,18 @@ def build_engine(
     hasher: BlockHasher,
     has_tiers: bool,
     sink: EventSink,
-    workers_on_host: int,
+    share: HostShare,
     on_broken: Callable[[PdserveError], None] | None = None,
 ) -> BuiltEngine:
-    """``model_path``: a folder. ``pool_blocks`` and ``threads``: 0 finds them out.
+    """``model_path``: a folder. ``pool_blocks`` and ``threads``: 0 finds them out. ``share``: of
+    the host's memory, for a worker on the CPU; on a device, of what is free there.
 
     ModelRefused (DoesNotFit among them) and ConfigError say why. Sets the process' torch threads.
     """
     where = _device(device)
     if where.type == "cpu":
         torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
-    free = measure_memory(where)
+    free = share.memory if share.memory and where.type == "cpu" else measure_memory(where)
     dtype = resolve_dtype(config.model)
     library, kernel_note = choose_kernel(config, dtype, where)
     loaded = load_model(
@@ -78,18 +80,8 @@ def build_engine(
     chosen = probe_or_gather(loaded, library, config.engine.attention == "native")
     library, report = chosen.library, chosen.report
     layout = block_layout(config.engine.block_size, loaded.dtype, loaded.shapes)
-    size = size_pool(
-        SizingInputs(
-            memory=free,
-            weights_bytes=loaded.weights_bytes,
-            workers_on_host=workers_on_host,
-            max_model_len=loaded.max_model_len,
-            capped=where.type == "cpu",
-        ),
-        layout,
-        config.engine,
-        pool_blocks or config.engine.pool_blocks,
-    )
+    inputs = _sizing_inputs(free, share, loaded, where)
+    size = size_pool(inputs, layout, config.engine, pool_blocks or config.engine.pool_blocks)
     memory = _allocate(size.blocks, layout, incarnation, where)
     runner = ModelRunner(loaded, pool_view(memory.blocks, layout), library)
     if isinstance(library, TritonKernels):
@@ -113,9 +105,23 @@ def build_engine(
         f"probe: logits differ from eager attention's by {report.difference:.1e} "
         f"(at most {report.tolerance:g})",
         *_pool_notes(size, loaded),
-        *_thread_notes(where, workers_on_host),
+        *_thread_notes(where, share.workers),
     )
     return BuiltEngine(engine, memory, layout, _facts(model_path, loaded, layout), notes)
+
+
+def _sizing_inputs(
+    free: Memory, share: HostShare, loaded: LoadedModel, where: torch.device
+) -> SizingInputs:
+    on_host = where.type == "cpu"
+    return SizingInputs(
+        memory=free,
+        weights_bytes=loaded.weights_bytes,
+        workers_on_host=share.workers,
+        max_model_len=loaded.max_model_len,
+        capped=on_host,
+        tier_bytes=share.tier_bytes if on_host else 0,
+    )
 
 
 def choose_kernel(

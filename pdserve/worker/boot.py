@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from pdserve.config import Config
+from pdserve.engine.host_memory import Memory
 from pdserve.rpc.identity import Identity
 from pdserve.types import Role, WorkerFacts, WorkerId
 
@@ -32,6 +33,9 @@ class WorkerBoot:
     threads: int = 0  # 0: all cores
     # CPU workers that share this host's memory, for sizing the pool.
     workers_on_host: int = 1
+    # Of this host when the cluster started, so that a worker that starts again is as large as it
+    # was; None: a host that came later, measured when the worker starts.
+    memory: Memory | None = None
 
 
 class RunningWorker(Protocol):

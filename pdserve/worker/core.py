@@ -1,6 +1,6 @@
 """Start and stop of a worker, in the order that every role shares.
 
-core = WorkerCore(boot, hasher, has_tiers)   model loaded, pool sized, engine not started
+core = WorkerCore(boot, hasher, tier_bytes)  model loaded, pool sized, engine not started
 ... the role opens its tiers, exporter or readers over core.built.memory ...
 core.open(ports, add_services)               event loop, gRPC server, then the engine
 core.close(drain_s, ...)                     no new work, running work ends, all is freed
@@ -19,6 +19,7 @@ import grpc
 
 from pdserve.engine import api
 from pdserve.engine.build import build_engine
+from pdserve.engine.host_memory import HostShare
 from pdserve.errors import PdserveError
 from pdserve.telemetry.log_service import LoggingService
 from pdserve.types import ID_BYTES, Incarnation, Load, TierBlocks, TierReach, WorkerFacts
@@ -61,7 +62,8 @@ def end_process(failure: PdserveError) -> None:
 class WorkerCore:
     """Owns the engine, the bridge and the shell of one worker."""
 
-    def __init__(self, boot: WorkerBoot, hasher: api.BlockHasher, has_tiers: bool) -> None:
+    def __init__(self, boot: WorkerBoot, hasher: api.BlockHasher, tier_bytes: int) -> None:
+        """``tier_bytes``: memory of the tiers that the role opens; 0 for none."""
         self.boot = boot
         self.incarnation = Incarnation(secrets.token_bytes(ID_BYTES))
         self.bridge = EngineBridge()
@@ -73,10 +75,10 @@ class WorkerCore:
             threads=boot.threads,
             incarnation=self.incarnation,
             hasher=hasher,
-            has_tiers=has_tiers,
+            has_tiers=tier_bytes > 0,
             sink=self.bridge.sink,
             on_broken=end_process,
-            workers_on_host=boot.workers_on_host,
+            share=HostShare(boot.workers_on_host, boot.memory, tier_bytes),
         )
         for note in self.built.notes:
             logger.info("%s: %s", boot.worker_id, note)

@@ -27,6 +27,7 @@ class FakeWorker:
             blocks_total=7,
         )
         print("started", boot.worker_id, "threads", os.environ["OMP_NUM_THREADS"], flush=True)
+        print("memory", boot.memory, flush=True)
         print("devices", os.environ.get("CUDA_VISIBLE_DEVICES", ""), flush=True)
 
     def stop(self, drain_s: float) -> None:

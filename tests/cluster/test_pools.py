@@ -86,7 +86,9 @@ def test_actors_are_described_to_the_router_and_stopped(
     assert "stopped decode-0 0.5" in (tmp_path / "decode-0.log").read_text()
 
 
-def test_a_killed_worker_comes_back_as_another_incarnation(stand: Callable[..., Stand]) -> None:
+def test_a_killed_worker_comes_back_as_another_incarnation(
+    stand: Callable[..., Stand], tmp_path: Path
+) -> None:
     one = stand(prefill=1, decode=1)
     assert one.all_present()
     before = dict(one.router.told)
@@ -99,6 +101,10 @@ def test_a_killed_worker_comes_back_as_another_incarnation(stand: Callable[..., 
     assert one.notes[0] == "decode-0 died"
     assert one.notes[1].startswith("decode-0 serves again")
     assert one.membership.seen[WorkerId("decode-0")].deaths == 1
+    # It is told the memory that the host had when the cluster started, not what is left now.
+    told = (tmp_path / "decode-0.log").read_text().splitlines()
+    first, again = [line for line in told if line.startswith("memory ")]
+    assert first == again != "memory None"
 
 
 def test_a_frozen_worker_holds_up_nobody_and_can_be_killed(stand: Callable[..., Stand]) -> None:

@@ -15,6 +15,7 @@ from cache_tiers.keys import KeyMaker
 from pdserve.config import Config, EngineConfig, ModelConfig
 from pdserve.engine.api import Event, Failed, Job, SeqId, Submit, Tokens
 from pdserve.engine.build import BuiltEngine, build_engine
+from pdserve.engine.host_memory import HostShare, Memory
 from pdserve.engine.memory import MemoryKind
 from pdserve.errors import ConfigError, DoesNotFit
 from pdserve.types import AttemptTokens, Incarnation, Numerics, Sampling
@@ -31,6 +32,8 @@ def build(
     *,
     pool_blocks: int = 40,
     workers: int = 1,
+    memory: Memory | None = None,
+    tier_bytes: int = 0,
     **engine: object,
 ) -> BuiltEngine:
     def sink(batch: Sequence[Event]) -> None:
@@ -52,7 +55,7 @@ def build(
         hasher=MAKER.child,
         has_tiers=False,
         sink=sink,
-        workers_on_host=workers,
+        share=HostShare(workers, memory, tier_bytes),
     )
 
 
@@ -145,11 +148,27 @@ def test_a_computed_pool_obeys_its_cap(tmp_path: Path) -> None:
     built.memory.close()
 
 
+def test_a_pool_is_as_large_as_the_host_was_when_the_cluster_started(tmp_path: Path) -> None:
+    """And not as what is left now: a worker that starts again finds its neighbours there."""
+    then = Memory(64 * 2**20, "as measured then")
+    options = {"pool_blocks": 0, "workers": 2, "memory": then, "memory_fraction": 0.5}
+    sizes = []
+    for tier_bytes in (0, 0, 3 * 2**20):
+        built = build(queue.Queue(), tmp_path, tier_bytes=tier_bytes, **options)
+        sizes.append(built.memory.num_blocks)
+        span = built.layout.span_bytes
+        assert any("as measured then" in note for note in built.notes)
+        built.memory.close()
+    assert sizes[0] == sizes[1]
+    assert abs(sizes[0] - sizes[2] - 3 * 2**20 / span) <= 1
+    assert (sizes[0] - 1) * span < 16 * 2**20
+
+
 def test_what_cannot_be_built(tmp_path: Path) -> None:
     with pytest.raises(DoesNotFit, match="the model does not fit: weights"):
         build(queue.Queue(), tmp_path, pool_blocks=10**9)
     with pytest.raises(ConfigError, match="device"):
         build_engine(
             Config(), str(family_folder("llama")), 0, "tpu:0", 1, Incarnation(bytes(16)),
-            MAKER.child, False, lambda _: None, 1,
+            MAKER.child, False, lambda _: None, HostShare(),
         )  # fmt: skip

@@ -9,16 +9,9 @@ import pytest
 import torch
 
 from pdserve.config import EngineConfig
+from pdserve.engine.host_memory import Memory, available_cgroup, available_host
 from pdserve.engine.layout import LayerShape, block_layout
-from pdserve.engine.sizing import (
-    MIN_BLOCKS,
-    Memory,
-    SizingInputs,
-    available_cgroup,
-    available_host,
-    measure_memory,
-    size_pool,
-)
+from pdserve.engine.sizing import MIN_BLOCKS, SizingInputs, measure_memory, size_pool
 from pdserve.errors import DoesNotFit
 
 # SmolLM2's: 30 layers of 3 heads of 64; 16 tokens are 368,640 bytes in bfloat16.
@@ -43,6 +36,20 @@ def test_a_worker_takes_its_share_less_its_weights() -> None:
         "weights 100 MB + pool 406 blocks x 369 kB (6496 tokens) = 250 MB, "
         "of 250 MB (0.5 of 1 GB available on the host, over 2 workers)"
     )
+
+
+def test_cache_tiers_are_part_of_the_share() -> None:
+    tiers = dataclasses.replace(INPUTS, tier_bytes=50 * 10**6)
+    size = size_pool(tiers, LAYOUT, ENGINE, 0)
+    assert size.blocks == (10**9 // 4 - 150 * 10**6) // BLOCK == 271
+    assert "+ cache tiers 50 MB = 250 MB, of 250 MB" in size.sum
+    full = dataclasses.replace(INPUTS, tier_bytes=150 * 10**6)
+    with pytest.raises(DoesNotFit, match="cache tiers 150 MB"):
+        size_pool(full, LAYOUT, ENGINE, 0)
+    fixed = (10**9 - 150 * 10**6) // BLOCK
+    assert size_pool(tiers, LAYOUT, ENGINE, fixed).blocks == fixed
+    with pytest.raises(DoesNotFit):
+        size_pool(tiers, LAYOUT, ENGINE, fixed + 1)
 
 
 def test_the_cap_holds_on_cpu_alone() -> None:
