@@ -1,6 +1,8 @@
 """Files and functions stay small enough to be read at once; modules say what they are for."""
 
 import ast
+from collections import Counter
+from pathlib import Path
 
 from tests.source_tree import sources
 
@@ -32,3 +34,9 @@ def test_modules_say_what_they_are_for() -> None:
         if source.text.strip() and not ast.get_docstring(source.tree)
     ]
     assert silent == []
+
+
+def test_no_two_tests_have_one_file_name() -> None:
+    """They are imported by it: run together, the second could not be collected."""
+    names = Counter(Path(source.name).name for source in sources())
+    assert [name for name, times in names.items() if times > 1 and name.startswith("test_")] == []
