@@ -46,6 +46,8 @@ REPUSH_S = 10.0
 _REFUSED = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
 CONTROL_PLANE_TIMEOUT_S = 2.0
 CONTROL_PLANE_LOOK_S = 1.0
+# So many fruitless questions, the pauses between which double to 3 s in all, are no short cut.
+UNAVAILABLE_TIMES = 6
 # Of Ray's two calls; only a Ray that is broken takes longer.
 RENEW_TIMEOUT_S = 10.0
 
@@ -279,8 +281,15 @@ class Membership:
                     self._set_gone(worker)
                     returns = self._returns
                     # One that is only unavailable may live, and come back by itself.
-                    is_due = heard_of != returns and not isinstance(error, ActorUnavailableError)
-                    if is_due and (made := await self._renewed(worker, actor)):
+                    may_live = (
+                        isinstance(error, ActorUnavailableError)
+                        and self._before(worker).fruitless < UNAVAILABLE_TIMES
+                    )
+                    if (
+                        heard_of != returns
+                        and not may_live
+                        and (made := await self._renewed(worker, actor))
+                    ):
                         actor, heard_of = made, returns
             except RayError as error:
                 logger.warning("%s: asking it failed: %s", worker, type(error).__name__)
