@@ -78,7 +78,7 @@ def build_engine(
         library=library if isinstance(library, CDLL) else None,
     )
     chosen = probe_or_gather(loaded, library, config.engine.attention == "native")
-    library, report = chosen.library, chosen.report
+    library, report = chosen.kernels, chosen.report
     layout = block_layout(config.engine.block_size, loaded.dtype, loaded.shapes)
     inputs = _sizing_inputs(free, share, loaded, where)
     size = size_pool(inputs, layout, config.engine, pool_blocks or config.engine.pool_blocks)

@@ -50,7 +50,7 @@ class ProbeReport:
 class Chosen:
     """Kernels that reproduce the model, or None to gather; ``problem``: of those that did not."""
 
-    library: CDLL | TritonKernels | None
+    kernels: CDLL | TritonKernels | None
     report: ProbeReport
     problem: str
 
@@ -59,7 +59,7 @@ class Chosen:
         """What was chosen instead of what failed; empty when nothing did."""
         if not self.problem:
             return ""
-        what = "gather" if self.library is None else "Triton kernels, prompts one by one"
+        what = "gather" if self.kernels is None else "Triton kernels, prompts one by one"
         return f"attention: {what}, because {self.problem}"
 
 

@@ -129,6 +129,8 @@ def test_an_end_marker_without_what_was_missed_fills_no_gap() -> None:
                 await subscribed(source, subscriber)
                 source.send(2, batch(2))
                 await until(lambda: subscriber.stats().went_blind == 1)
+                assert subscriber.blind
+                assert index.keys == 0, "nothing is believed past a gap"
 
     run(story)
 

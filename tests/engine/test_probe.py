@@ -128,7 +128,7 @@ def test_kernels_that_fail_on_the_device_give_way_to_the_reference(fails: bool) 
     broken = TritonKernels(BrokenKernels(fails))
     chosen = probe_or_gather(loaded, broken, must=False)
     print(chosen.problem)
-    assert chosen.library is None
+    assert chosen.kernels is None
     assert chosen.report.difference <= chosen.report.tolerance
     assert "make_shape_compatible" in chosen.problem or not fails
     assert "\n" not in chosen.problem
@@ -153,7 +153,7 @@ def test_a_varlen_kernel_that_fails_leaves_the_others(monkeypatch: pytest.Monkey
     monkeypatch.setattr(probe_module, "probe", probed)
     module = BrokenKernels(True)
     chosen = probe_or_gather(loaded, TritonKernels(module, varlen), must=True)
-    assert isinstance(chosen.library, TritonKernels)
+    assert isinstance(chosen.kernels, TritonKernels)
     assert seen == [varlen, None]
-    assert chosen.library.module is module
+    assert chosen.kernels.module is module
     assert chosen.note.startswith("attention: Triton kernels, prompts one by one, because Triton's")
