@@ -53,6 +53,8 @@ class AttemptServices:
     keep_alive_s: float
     # What is open to an incarnation that cannot be reached; True: it is known to be over.
     peer_lost: Callable[[Incarnation, bool], None]
+    # A read of KV returned to an attempt that was over.
+    late_read: Callable[[], None]
 
 
 class Attempt:
@@ -180,9 +182,13 @@ class Attempt:
         board.hit(Step.DECODE_READ)
         try:
             reader = await self._reader
-            report = await self._services.read(
-                reader, effect.offers, effect.into, self._submit.deadline
-            )
+            try:
+                report = await self._services.read(
+                    reader, effect.offers, effect.into, self._submit.deadline
+                )
+            finally:
+                if self._machine.answered:
+                    self._services.late_read()
         except PdserveError as error:
             logger.warning("attempt %s: %s", self._submit.seq.hex(), error)
             if isinstance(error, DeadlineExceeded) and time.monotonic() < self._submit.deadline:
@@ -196,6 +202,8 @@ class Attempt:
     # ---- the engine
 
     def _on_engine(self, event: SequenceEvent) -> None:
+        if self._machine.answered and not isinstance(event, api.Failed):
+            self._services.bridge.late(1)
         if isinstance(event, api.Tokens):
             self._perform(self._machine.tokens(event))
         elif isinstance(event, api.Reserved):

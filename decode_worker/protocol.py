@@ -161,6 +161,11 @@ class DecodeAttempt:
         self._reading = 0  # reads that have not returned
         self._engine_ended = False
 
+    @property
+    def answered(self) -> bool:
+        """Whatever still comes is of no use to anybody."""
+        return self.state in (State.WINDING_DOWN, State.ENDED)
+
     # ---- the peer's messages
 
     def accepted(self) -> list[Effect]:
@@ -171,7 +176,7 @@ class DecodeAttempt:
 
     def offered(self, offers: Sequence[BlockOffer]) -> list[Effect]:
         """Raises ProtocolError for a block that was not granted, or was offered before."""
-        if self._answered:
+        if self.answered:
             return []
         if not TABLE.allows(self.state, Input.OFFERED):
             raise ProtocolError(f"offer in state {self.state.value}")
@@ -190,7 +195,7 @@ class DecodeAttempt:
 
     def peer_finished(self, token: TokenOut | None, finish: FinishReason | None) -> list[Effect]:
         """The prompt is computed; ``finish`` set: nothing is left to decode."""
-        if self._answered:
+        if self.answered:
             return []
         if not TABLE.allows(self.state, Input.PEER_FINISHED) or self._first_token is not None:
             raise ProtocolError(f"prefill finished in state {self.state.value}")
@@ -206,7 +211,7 @@ class DecodeAttempt:
 
     def peer_lost(self, error: PdserveError) -> list[Effect]:
         """The peer failed, said no, or broke the protocol, before it had delivered everything."""
-        if self._answered or self.state in (State.RUNNING, State.LOCAL):
+        if self.answered or self.state in (State.RUNNING, State.LOCAL):
             return []
         return self._fail(error, peer_at_fault=True)
 
@@ -241,7 +246,7 @@ class DecodeAttempt:
         return [SendGrant(tuple(range(first, first + len(event.blocks)))), *self._arrived()]
 
     def tokens(self, event: api.Tokens) -> list[Effect]:
-        answered = self._answered
+        answered = self.answered
         self._move(Input.TOKENS if event.finish is None else Input.FINISHED)
         effects: list[Effect] = []
         if not answered:
@@ -254,7 +259,7 @@ class DecodeAttempt:
         return effects
 
     def engine_failed(self, error: PdserveError) -> list[Effect]:
-        answered = self._answered
+        answered = self.answered
         receiving = self.state is State.RECEIVING
         had_peer = self.state in (State.RESERVING, State.RECEIVING)
         self._engine_ended = True
@@ -274,19 +279,15 @@ class DecodeAttempt:
 
     def cancel(self, reason: PdserveError) -> list[Effect]:
         """The router wants no more, or is gone; it is not answered."""
-        if self._answered:
+        if self.answered:
             return []
         peer: list[Effect] = [] if self.state in (State.LOCAL, State.RUNNING) else [DropPeer()]
         return [*peer, *self._leave(reason)]
 
     # ---- inside
 
-    @property
-    def _answered(self) -> bool:
-        return self.state in (State.WINDING_DOWN, State.ENDED)
-
     def _peer(self, event: Input, effects: list[Effect]) -> list[Effect]:
-        if self._answered:
+        if self.answered:
             return []
         if not TABLE.allows(self.state, event):
             raise ProtocolError(f"{event.value} in state {self.state.value}")

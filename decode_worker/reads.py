@@ -37,6 +37,7 @@ class PeerReads:
         self._reading = ThreadPoolExecutor(
             READ_THREADS, thread_name_prefix=READING, initializer=_name_this_thread
         )
+        self.late = 0  # reads that returned to attempts that were over; event loop only
         # A close waits for a read's thread at most, so that no more of them can wait.
         self._closing = ThreadPoolExecutor(READ_THREADS + 1, thread_name_prefix="kv-close")
 
@@ -54,6 +55,9 @@ class PeerReads:
         """``deadline`` is the request's; the time that the read itself may take begins later."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._reading, reader.read, offers, into, deadline)
+
+    def came_late(self) -> None:
+        self.late += 1
 
     def peer_lost(self, incarnation: Incarnation, gone: bool) -> None:
         """``gone``: it is over, whatever it may still send. Else its process may have ended."""

@@ -48,7 +48,9 @@ class DecodeWorker:
         self._stubs = PeerStubs(boot.identity, config.transfer.max_message_bytes)
         self._service: DecodeService | None = None
         self._sweeper: asyncio.Task[None] | None = None
-        self.facts: WorkerFacts = self._core.open(self._caches.ports(), self._add_services)
+        self.facts: WorkerFacts = self._core.open(
+            self._caches.ports(), self._add_services, lambda: self._reads.late
+        )
 
     def stop(self, drain_s: float) -> None:
         service = self._service
@@ -71,6 +73,7 @@ class DecodeWorker:
             read=self._reads.read,
             keep_alive_s=config.transfer.lease_s / KEEP_ALIVES_PER_LEASE,
             peer_lost=self._reads.peer_lost,
+            late_read=self._reads.came_late,
         )
         self._service = DecodeService(
             services, config.timers.dead_after_s, lambda: self._core.draining

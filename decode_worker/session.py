@@ -114,7 +114,10 @@ class _Session:
                 yield worker_pb2.DecodeToRouter(incarnation=incarnation, events=events)
 
     def abandon(self) -> None:
+        """Nobody hears what the attempts wrote and still write."""
         self._closed = True
+        self._services.bridge.late(len(self._outbox))
+        self._outbox.clear()
         for attempt in list(self.attempts.values()):
             attempt.cancel(WorkerLost("the router's session ended"))
 
@@ -162,9 +165,11 @@ class _Session:
         self.attempts.pop(attempt_id, None)
 
     def _emit(self, event: worker_pb2.AttemptEvent) -> None:
-        if not self._closed:
-            self._outbox.append(event)
-            self._wake.set()
+        if self._closed:
+            self._services.bridge.late(1)
+            return
+        self._outbox.append(event)
+        self._wake.set()
 
     def _close(self) -> None:
         self._closed = True

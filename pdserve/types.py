@@ -226,6 +226,8 @@ class Load:
     degraded: str = ""
     tiers: TierBlocks = TierBlocks()
     reach: TierReach = TierReach()
+    late_events: int = 0  # of attempts that were over, dropped: what the engine wrote
+    late_kv_reads: int = 0  # and reads of KV that returned or were asked for
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,11 @@ class PrefillWorker:
             transports=tuple(Transport(name) for name in config.transfer.transports),
         )
         self._service: PrefillService | None = None
-        self.facts: WorkerFacts = self._core.open(self._caches.ports(), self._add_services)
+        self.facts: WorkerFacts = self._core.open(
+            self._caches.ports(),
+            self._add_services,
+            lambda: self._exporter.stats().stale_reads,
+        )
 
     def stop(self, drain_s: float) -> None:
         service = self._service

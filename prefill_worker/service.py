@@ -98,6 +98,7 @@ class PrefillService(kv_pb2_grpc.PrefillServicer):
             with contextlib.suppress(asyncio.CancelledError):
                 await reader
             attempt.give_back()
+            self._bridge.late(attempt.unheard())
             self._bridge.forget(submit.seq)
             self.attempts -= 1
 
@@ -185,6 +186,14 @@ class _Attempt:
         for effect in self._machine.lost(None):
             if isinstance(effect, Post):
                 self._service.post(effect.command)
+
+    def unheard(self) -> int:
+        """How many of the engine's events lie here that nobody will hear of."""
+        found = 0
+        while not self.inbox.empty():
+            item = self.inbox.get_nowait()
+            found += not isinstance(item, _PeerClosed | kv_pb2.DecodeToPrefill | api.Failed)
+        return found
 
     async def _next_effects(self) -> list[Effect]:
         lease = self._heard + self._service.lease_s - time.monotonic()

@@ -59,6 +59,8 @@ def worker_object(view: WorkerView) -> dict[str, Any]:
         "running": load.running,
         "waiting": load.waiting,
         "degraded": load.degraded,
+        "late_events": load.late_events,
+        "late_kv_reads": load.late_kv_reads,
     }
 
 

@@ -230,6 +230,7 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 "short",
                 (
                     (rate("router_late_events_total"), "late events"),
+                    (rate("worker_late_total"), "late on workers"),
                     (rate("router_protocol_errors_total"), "protocol errors"),
                     (rate("router_parked_total"), "parked"),
                 ),

@@ -164,6 +164,8 @@ def heartbeat_to_proto(incarnation: Incarnation, load: Load) -> worker_pb2.Heart
         redis_blocks_written=load.tiers.redis_written,
         host_reach=_REACH_TO[load.reach.host],
         redis_reach=_REACH_TO[load.reach.redis],
+        late_events=load.late_events,
+        late_kv_reads=load.late_kv_reads,
     )
 
 
@@ -188,6 +190,8 @@ def heartbeat_from_proto(message: worker_pb2.Heartbeat) -> tuple[Incarnation, Lo
             host=_reach(message.host_reach, "heartbeat.host_reach"),
             redis=_reach(message.redis_reach, "heartbeat.redis_reach"),
         ),
+        late_events=message.late_events,
+        late_kv_reads=message.late_kv_reads,
     )
 
 

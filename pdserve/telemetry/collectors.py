@@ -65,11 +65,24 @@ class WorkerCollector(Collector):
             {worker.facts.id: float(bool(worker.load.degraded)) for worker in live},
         )
         yield self._blocks(live)
+        yield self._late(live)
 
     def _gauge(self, name: str, text: str, values: Mapping[str, float]) -> Metric:
         family = GaugeMetricFamily(self._prefix + name, text, labels=("model_name", "engine"))
         for engine, value in values.items():
             family.add_metric((self._model, engine), value)
+        return family
+
+    def _late(self, workers: Sequence[WorkerLike]) -> Metric:
+        family = CounterMetricFamily(
+            self._prefix + "worker_late",
+            "What came to a worker after its attempt was over, dropped: of its engine, KV reads.",
+            labels=("model_name", "engine", "kind"),
+        )
+        for worker in workers:
+            load, engine = worker.load, worker.facts.id
+            family.add_metric((self._model, engine, "event"), load.late_events)
+            family.add_metric((self._model, engine, "kv_read"), load.late_kv_reads)
         return family
 
     def _by_state(self, workers: Sequence[WorkerLike]) -> Metric:

@@ -93,7 +93,7 @@ class WatchRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Heartbeat(_message.Message):
-    __slots__ = ("incarnation", "engine_steps", "work_pending", "running", "waiting", "blocks_used", "blocks_cached", "blocks_total", "draining", "waiting_tokens", "degraded", "host_blocks", "host_blocks_total", "redis_blocks_written", "host_reach", "redis_reach")
+    __slots__ = ("incarnation", "engine_steps", "work_pending", "running", "waiting", "blocks_used", "blocks_cached", "blocks_total", "draining", "waiting_tokens", "degraded", "host_blocks", "host_blocks_total", "redis_blocks_written", "host_reach", "redis_reach", "late_events", "late_kv_reads")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ENGINE_STEPS_FIELD_NUMBER: _ClassVar[int]
     WORK_PENDING_FIELD_NUMBER: _ClassVar[int]
@@ -110,6 +110,8 @@ class Heartbeat(_message.Message):
     REDIS_BLOCKS_WRITTEN_FIELD_NUMBER: _ClassVar[int]
     HOST_REACH_FIELD_NUMBER: _ClassVar[int]
     REDIS_REACH_FIELD_NUMBER: _ClassVar[int]
+    LATE_EVENTS_FIELD_NUMBER: _ClassVar[int]
+    LATE_KV_READS_FIELD_NUMBER: _ClassVar[int]
     incarnation: bytes
     engine_steps: int
     work_pending: bool
@@ -126,7 +128,9 @@ class Heartbeat(_message.Message):
     redis_blocks_written: int
     host_reach: TierReach
     redis_reach: TierReach
-    def __init__(self, incarnation: _Optional[bytes] = ..., engine_steps: _Optional[int] = ..., work_pending: _Optional[bool] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., blocks_used: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., blocks_total: _Optional[int] = ..., draining: _Optional[bool] = ..., waiting_tokens: _Optional[int] = ..., degraded: _Optional[str] = ..., host_blocks: _Optional[int] = ..., host_blocks_total: _Optional[int] = ..., redis_blocks_written: _Optional[int] = ..., host_reach: _Optional[_Union[TierReach, str]] = ..., redis_reach: _Optional[_Union[TierReach, str]] = ...) -> None: ...
+    late_events: int
+    late_kv_reads: int
+    def __init__(self, incarnation: _Optional[bytes] = ..., engine_steps: _Optional[int] = ..., work_pending: _Optional[bool] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., blocks_used: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., blocks_total: _Optional[int] = ..., draining: _Optional[bool] = ..., waiting_tokens: _Optional[int] = ..., degraded: _Optional[str] = ..., host_blocks: _Optional[int] = ..., host_blocks_total: _Optional[int] = ..., redis_blocks_written: _Optional[int] = ..., host_reach: _Optional[_Union[TierReach, str]] = ..., redis_reach: _Optional[_Union[TierReach, str]] = ..., late_events: _Optional[int] = ..., late_kv_reads: _Optional[int] = ...) -> None: ...
 
 class CheckIdleRequest(_message.Message):
     __slots__ = ()

@@ -50,8 +50,8 @@ class EngineBridge:
         self._post: Post | None = None
         self._tiers: TierPort | None = None
         self._kv_events: KvEventPort | None = None
-        # Events whose sequence has no listener any more; each is a late answer to a cancel.
-        self.unheard = 0
+        # Of attempts that were over, such as those of a router that gave this worker up.
+        self.late_events = 0
 
     def attach(
         self,
@@ -103,6 +103,10 @@ class EngineBridge:
         """The listener wants no more events: the sequence's ending came."""
         self._listeners.pop(seq, None)
 
+    def late(self, events: int) -> None:
+        """So many events came after their attempt was over, and were dropped. On the event loop."""
+        self.late_events += events
+
     async def inspect(self) -> api.EngineSnapshot:
         """A consistent snapshot, taken between two steps."""
         loop = asyncio.get_running_loop()
@@ -118,7 +122,7 @@ class EngineBridge:
         for event in events:
             listener = self._listeners.get(event.seq)
             if listener is None:
-                self.unheard += 1
+                self.late(1)
                 continue
             try:
                 listener(event)

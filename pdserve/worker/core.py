@@ -86,16 +86,21 @@ class WorkerCore:
         self.shell = WorkerShell(boot.worker_id, boot.identity, limits.max_message_bytes)
         self._service: WorkerService | None = None
         self._ports: Ports | None = None
+        self._late_kv_reads: Callable[[], int] = int
 
     @property
     def draining(self) -> bool:
         return self._service is not None and self._service.draining
 
     def open(
-        self, ports: Ports, add_services: Callable[[grpc.aio.Server, WorkerFacts], None]
+        self,
+        ports: Ports,
+        add_services: Callable[[grpc.aio.Server, WorkerFacts], None],
+        late_kv_reads: Callable[[], int],
     ) -> WorkerFacts:
         """Serves; returns what the cluster needs to know of this worker."""
         self._ports = ports
+        self._late_kv_reads = late_kv_reads
         self.bridge.attach(self.shell.loop, self.built.engine.post, ports.tiers, ports.kv_events)
         found: list[WorkerFacts] = []
 
@@ -134,6 +139,8 @@ class WorkerCore:
             degraded=self._ports.degraded(),
             tiers=self._ports.tier_blocks(),
             reach=self._ports.tier_reach(),
+            late_events=self.bridge.late_events,
+            late_kv_reads=self._late_kv_reads(),
         )
 
     def drain(self, drain_s: float, busy: Callable[[], bool]) -> None:

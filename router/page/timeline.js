@@ -1,6 +1,6 @@
 // One request: how its answer was made, and each span of its time.
 
-import { getJson } from "./api.js";
+import { Refused, getJson } from "./api.js";
 import { byId, element, setText } from "./dom.js";
 import { bytes, count, plural, seconds, shortId, skipped } from "./format.js";
 import { workers } from "./requests.js";
@@ -101,11 +101,15 @@ export function startTimeline() {
     } catch (error) {
       if (id !== shown) return;
       body.replaceChildren(element("p", { class: "error" }, error.message));
+      // The router told why, and will again; without its answer, the next one may come.
+      again = !(error instanceof Refused);
     }
     if (again) timer = setTimeout(() => load(id), AGAIN_MS);
   }
 
+  // Told some time after the closing; by then another request may be shown.
   dialog.addEventListener("close", () => {
+    if (dialog.open) return;
     clearTimeout(timer);
     shown = "";
   });

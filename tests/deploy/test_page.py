@@ -108,10 +108,13 @@ class Browser:
     def type(self, selector: str, text: str) -> None:
         self.driver.find_element("css selector", selector).send_keys(text)
 
-    def until(self, condition: Callable[[], object], seconds: float = 30.0) -> None:
+    def until(
+        self, condition: Callable[[], object], seconds: float = 30.0, shown: str = "body"
+    ) -> None:
+        """Waits for it; fails with what ``shown`` has to read by then."""
         end = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < end, self.text("body")[:2000]
+            assert time.monotonic() < end, self.text(shown)[:2000]
             time.sleep(0.1)
 
     def complaints(self) -> list[str]:
@@ -249,7 +252,7 @@ def test_a_question_gets_its_answer_and_the_path_that_it_took(browser: Browser) 
 def timeline_of(browser: Browser, selector: str) -> str:
     """What the dialog tells that a click there opens; closes it again."""
     browser.click(selector)
-    browser.until(lambda: browser.count("#timeline .span") > 4)
+    browser.until(lambda: browser.count("#timeline .span") > 4, shown="#timeline")
     told = browser.text("#timeline")
     assert browser.run("return document.activeElement.closest('#timeline') !== null")
     browser.picture(f"timeline-{selector.strip('.').split()[0]}")
@@ -265,6 +268,22 @@ def test_a_request_shows_its_timeline(browser: Browser) -> None:
         assert "compute a chunk" in told
         assert "write the answer" in told
     assert browser.complaints() == []
+
+
+def test_one_request_after_another_shows_its_timeline(browser: Browser) -> None:
+    """The browser tells that a dialog was closed only after the next one is open."""
+    browser.click(".request")
+    browser.run(
+        "document.querySelector('[data-close]').click();"
+        "document.querySelector('.request:last-of-type').click()"
+    )
+    browser.until(lambda: browser.count("#timeline .span") > 4, shown="#timeline")
+    assert browser.run("return document.querySelectorAll('.request').length") > 1
+    last = browser.text(".request:last-of-type .id")
+    assert last
+    assert last in browser.text("#timeline-title")
+    browser.click("[data-close]")
+    browser.until(lambda: not browser.run("return document.getElementById('timeline').open"))
 
 
 @pytest.mark.parametrize(("width", "height"), PHONES)

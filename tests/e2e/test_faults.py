@@ -11,12 +11,14 @@ import random
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
 from pdserve.faults import Action, Step
+from pdserve.types import WorkerFacts
 from tests.e2e.ask import Answer
-from tests.e2e.clusters import Clusters, Running, Variant
+from tests.e2e.clusters import Clusters, Running, Variant, is_stopped
 
 pytestmark = pytest.mark.cluster
 
@@ -116,3 +118,43 @@ def test_a_flipped_bit_never_reaches_attention(cluster: Running, transport: str)
     assert cluster.fired(victim) == 1
     assert sum(a.usage.resumes for a in stormy) >= 1, "a damaged block was believed"
     cluster.check_idle()
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+@pytest.mark.parametrize("step", [Step.PREFILL_OFFER, Step.DECODE_TOKENS])
+def test_what_a_woken_worker_still_does_is_counted_and_reaches_nobody(
+    cluster: Running, transport: str, step: Step
+) -> None:
+    """It wakes after its requests went on elsewhere, and before it is given up for good."""
+    tag = f"woken-{transport}-{step.value}"
+    asked = prompts(tag)
+    calm = run_all(cluster, asked, f"calm-{tag}")
+    role = "prefill" if step is Step.PREFILL_OFFER else "decode"
+    victim = cluster.arm(role, step, Action.STOP, 12)
+    before = dropped(cluster, victim)
+    with ThreadPoolExecutor(1) as pool:
+        storm = pool.submit(run_all, cluster, asked, f"storm-{tag}")
+        cluster.wait(lambda: is_stopped(victim.pid))
+        cluster.wait(lambda: entry(cluster, victim)["state"] == "suspect")
+        cluster.resume_stopped()
+        stormy = storm.result()
+    assert [a.tokens for a in stormy] == [a.tokens for a in calm]
+    assert [a.text for a in stormy] == [a.text for a in calm]
+    assert sum(a.usage.resumes for a in stormy) > 0, "nothing had to go on elsewhere"
+    cluster.wait(lambda: entry(cluster, victim)["state"] == "ready")
+    cluster.wait(lambda: dropped(cluster, victim) > before, 5.0)
+    cluster.check_idle()
+    again = run_all(cluster, asked, f"again-{tag}")
+    assert [a.tokens for a in again] == [a.tokens for a in calm]
+
+
+def entry(cluster: Running, worker: WorkerFacts) -> dict[str, Any]:
+    """Of ``/workers``; it is the same process still."""
+    found = next(one for one in cluster.workers() if one["id"] == worker.id)
+    assert found["incarnation"] == worker.incarnation.hex(), "it was replaced"
+    return found
+
+
+def dropped(cluster: Running, worker: WorkerFacts) -> int:
+    told = entry(cluster, worker)
+    return int(told["late_events"] + told["late_kv_reads"])

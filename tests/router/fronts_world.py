@@ -180,7 +180,15 @@ class ScriptedDispatcher:
             model=self.facts,
             blocks_total=64,
         )
-        load = Load(running=2, waiting=1, blocks_used=5, blocks_cached=7, blocks_total=64)
+        load = Load(
+            running=2,
+            waiting=1,
+            blocks_used=5,
+            blocks_cached=7,
+            blocks_total=64,
+            late_events=3,
+            late_kv_reads=1,
+        )
         return (WorkerView(facts, WorkerState.READY, load),)
 
     async def generate(self, job: Job, timeline: Timeline | None = None) -> AsyncIterator[Delta]:

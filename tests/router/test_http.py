@@ -299,6 +299,8 @@ def test_state_endpoints(world: World) -> None:
                 "running": 2,
                 "waiting": 1,
                 "degraded": "",
+                "late_events": 3,
+                "late_kv_reads": 1,
             }
         ]
     }

@@ -107,6 +107,8 @@ loads = st.builds(
     degraded=text,
     tiers=st.builds(TierBlocks, u32, u32, u64),
     reach=st.builds(TierReach, st.sampled_from(Reach), st.sampled_from(Reach)),
+    late_events=u64,
+    late_kv_reads=u64,
 )
 usages = st.builds(
     Usage,

@@ -143,7 +143,15 @@ def test_workers_are_read_at_each_scrape(made: metrics.RouterMetrics) -> None:
         View(
             worker("decode-0", Role.DECODE),
             WorkerState.READY,
-            Load(running=3, waiting=2, blocks_used=4, blocks_cached=5, blocks_total=16),
+            Load(
+                running=3,
+                waiting=2,
+                blocks_used=4,
+                blocks_cached=5,
+                blocks_total=16,
+                late_events=6,
+                late_kv_reads=7,
+            ),
         )
     )
     views.append(View(worker("prefill-0", Role.PREFILL), WorkerState.DEAD, Load(running=9)))
@@ -155,6 +163,8 @@ def test_workers_are_read_at_each_scrape(made: metrics.RouterMetrics) -> None:
     assert found["kv_cache_usage_perc", "decode-0"] == 0.25
     assert found["kv_blocks", "decode-0", "cached"] == 5
     assert found["engine_degraded", "decode-0"] == 0
+    assert found["worker_late_total", "decode-0", "event"] == 6
+    assert found["worker_late_total", "decode-0", "kv_read"] == 7
     assert ("num_requests_running", "prefill-0") not in found
     views[0] = View(views[0].facts, WorkerState.READY, Load(degraded="redis unreachable"))
     assert scrape(made)["engine_degraded", "decode-0"] == 1
