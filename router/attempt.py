@@ -37,6 +37,11 @@ class Attempt:
         peer = self.placement.prefill
         return peer.facts if self._reading and peer is not None else None
 
+    def progressed(self, generated: int) -> bool:
+        """Whether the decode worker wrote a token; the first of a pair is the prefill worker's."""
+        given = 1 if self.placement.prefill is not None else 0
+        return generated > self.started_at + given
+
     def first_token(self) -> None:
         if not self._reading:
             return

@@ -22,6 +22,7 @@ class RequestBook:
     def __init__(self, max_requests: int) -> None:
         self._max = max_requests
         self._by_id: dict[RequestId, RequestLog] = {}
+        self._own: set[RequestLog] = set()  # the router's, of which clients lose no place
         # Fenced ones too: they count until their generators have ended.
         self._open: set[RequestLog] = set()
         self._empty = asyncio.Event()
@@ -33,11 +34,14 @@ class RequestBook:
 
     def check_room(self, coming: int, prepared: int) -> None:
         """Overloaded when ``coming`` requests find no place beside ``prepared`` other ones."""
-        if len(self._by_id) + prepared + coming > self._max:
+        if len(self._by_id) - len(self._own) + prepared + coming > self._max:
             raise Overloaded(f"{self._max} requests are in flight", retry_after_s=RETRY_AFTER_S)
 
-    def open(self, request: RequestLog) -> RequestLog | None:
-        """Admits it; the answer is the request that it takes over, which the caller must end."""
+    def open(self, request: RequestLog, *, own: bool = False) -> RequestLog | None:
+        """Admits it; the answer is the request that it takes over, which the caller must end.
+
+        ``own``: the router's, whose id nobody else has; it is never refused.
+        """
         job = request.job
         running = self._by_id.get(job.request_id)
         # Ids are no secret: who resumes also says the same prompt as whoever asked.
@@ -49,9 +53,11 @@ class RequestBook:
             raise DuplicateRequest(
                 f"request {job.request_id} is running; resume takes it over", param="request_id"
             )
-        if running is None:
+        if own:
+            self._own.add(request)
+        elif running is None:
             self.check_room(1, 0)
-        if len(self._open) >= 2 * self._max:
+        if not own and len(self._open) >= 2 * self._max:
             # Answered, or taken over, and nobody reads their last words.
             raise Overloaded(
                 "too many requests wait for their clients", retry_after_s=RETRY_AFTER_S
@@ -63,6 +69,7 @@ class RequestBook:
 
     def release(self, request: RequestLog) -> None:
         """Its id and its place are free again, though its generator has not ended yet."""
+        self._own.discard(request)
         if self._by_id.get(request.job.request_id) is request:
             del self._by_id[request.job.request_id]
 

@@ -153,8 +153,8 @@ class RequestDispatcher:
     async def run(
         self, job: Job, timeline: Timeline | None = None, *, force_pair: bool
     ) -> AsyncIterator[Delta]:
-        """``force_pair``: hand over whenever a prefill worker lives (for the self-test)."""
-        request = self._admit(job, timeline)
+        """``force_pair``: for the self-test; hand over whenever a prefill worker lives."""
+        request = self._admit(job, timeline, own=force_pair)
         history = History()
         timer = asyncio.get_running_loop().call_later(
             job.deadline - time.monotonic(),
@@ -167,6 +167,9 @@ class RequestDispatcher:
                 if (finish := request.finished_by_itself()) is not None:
                     yield self._finish(request, (), finish)
                     return
+                if request.ended_for is not None:
+                    # Said in one breath with what ended the attempt, so nobody read it there.
+                    raise request.ended_for
                 placement = await self._placed(request, history, force_pair)
                 self._begin(request, placement, history)
                 failure: Failure | None = None
@@ -198,13 +201,13 @@ class RequestDispatcher:
             self._book.close(request)
             self._recovered(request)
 
-    def _admit(self, job: Job, timeline: Timeline | None) -> RequestLog:
+    def _admit(self, job: Job, timeline: Timeline | None, *, own: bool) -> RequestLog:
         if self._stopping:
             raise Draining("the router is stopping")
         if job.deadline <= time.monotonic():
             raise DeadlineExceeded("the request's deadline had passed when it came")
         request = RequestLog(job, timeline)
-        fenced = self._book.open(request)
+        fenced = self._book.open(request, own=own)
         if fenced is not None:
             self.counters.takeovers += 1
             self._end(fenced, Cancelled("the request was taken over by a resume"))
@@ -212,6 +215,7 @@ class RequestDispatcher:
 
     def _end(self, request: RequestLog, error: PdserveError) -> None:
         """Its workers are free at once: its consumer may hang on a connection that is no more."""
+        request.ended_for = request.ended_for or error
         request.inbox.put(Ended(error))
         self._drop_attempt(request)
 

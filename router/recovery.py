@@ -2,9 +2,9 @@
 
     decide(history, failure, limits) -> Retry(history', delay) | GiveUp(error)
 
-Caps count attempts that brought no new token, so a request that gets on is never given up before
-its deadline. A worker that drains, and one that is full while an answer is already on its way, cost
-nothing: the request goes elsewhere, or comes back later.
+Caps count attempts whose decode worker wrote no token, so a request that gets on is never given up
+before its deadline. A worker that drains, and one that is full while an answer is already on its
+way, cost nothing: the request goes elsewhere, or comes back later.
 
 When the next attempt may begin is the recovery budget's to say (router/budget.py); those that a
 drain drove away are exempt from it.
@@ -35,7 +35,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """What failed since the last new token."""
+    """What failed since a decode worker last wrote a token."""
 
     failed: frozenset[Incarnation] = frozenset()
     prefill_failures: int = 0
@@ -51,7 +51,7 @@ class Failure:
     decode: Incarnation
     # The prefill worker, if the failure is its fault.
     prefill: Incarnation | None
-    # The attempt brought new tokens before it failed.
+    # The attempt's decode worker wrote tokens before it failed.
     progressed: bool
     # The client already has tokens of this request, from whichever attempt.
     streaming: bool

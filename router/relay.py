@@ -107,6 +107,6 @@ def _failure(
         retryable=retryable,
         decode=placement.decode.facts.incarnation,
         prefill=peer if blame_prefill else None,
-        progressed=len(request.generated) > attempt.started_at,
+        progressed=attempt.progressed(len(request.generated)),
         streaming=bool(request.generated),
     )

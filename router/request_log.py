@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from cache_tiers.keys import KeyMaker
-from pdserve.errors import ProtocolError
+from pdserve.errors import PdserveError, ProtocolError
 from pdserve.lifecycle import REQUEST, RequestEvent, RequestState
 from pdserve.rpc import convert
 from pdserve.rpc.convert_timeline import phases_from_proto
@@ -71,6 +71,8 @@ class RequestLog:
         self._prompt_logprobs_sent = False
         self._before = _HowMade()
         self._now = _HowMade()
+        # Why the router ends it, once it does: its deadline, a take-over, a shutdown.
+        self.ended_for: PdserveError | None = None
 
     # ---- asking workers -------------------------------------------------------------------------
 

@@ -52,6 +52,29 @@ def test_the_deadline_frees_the_worker_of_a_client_that_does_not_read() -> None:
     drive(story)
 
 
+def test_a_request_that_was_taken_over_while_it_was_parked_stays_ended() -> None:
+    """The word of its end lies behind the one that it was parked."""
+
+    async def story() -> None:
+        worker, length = ScriptedWorker("d0"), UNREAD_EVENTS + 150
+        async with cluster(worker) as made:
+            first = made.dispatcher.generate(job("same", PROMPT, tokens=length))
+            deltas = [await anext(first)]
+            await until(lambda: made.dispatcher.counters.parked == 1)
+            got = tuple(token.token_id for token in deltas[0].tokens)
+            again = job("same", PROMPT, tokens=length, generated=got, resume=True)
+            rest = await collect(made, again)
+            assert tokens([*deltas, *rest]) == answer(PROMPT, length)
+            attempts = len(worker.starts)
+            with pytest.raises(Cancelled):
+                async for _ in first:
+                    pass
+            assert len(worker.starts) == attempts, "it went on beside its successor"
+            await until(lambda: idle(made))
+
+    drive(story)
+
+
 def test_a_duplicate_is_refused_and_a_resume_takes_over() -> None:
     async def story() -> None:
         worker = ScriptedWorker("d0", scripts=[[Write(3), Hang()]])
@@ -118,5 +141,28 @@ def test_places_are_counted_before_any_work_is_done() -> None:
             with pytest.raises(Overloaded):
                 made.dispatcher.check_room(1, 1)  # another one is being tokenized
             await streams[1].aclose()
+
+    drive(story)
+
+
+def test_the_routers_own_request_takes_no_clients_place_and_needs_none() -> None:
+    async def story() -> None:
+        worker = ScriptedWorker("d0", scripts=[[Write(1), Hang()]] * 3)
+        async with cluster(worker, config=settings(max_requests=1)) as made:
+            streams = [made.dispatcher.run(job("own-0"), force_pair=True)]
+            await anext(streams[0])
+            made.dispatcher.check_room(1, 0)
+            streams.append(made.dispatcher.generate(job("r")))
+            await anext(streams[1])
+            with pytest.raises(Overloaded):
+                made.dispatcher.check_room(1, 0)
+            streams.append(made.dispatcher.run(job("own-1"), force_pair=True))
+            await anext(streams[2])
+            for stream in streams:
+                await stream.aclose()
+            made.dispatcher.check_room(1, 0)
+            with pytest.raises(Overloaded):
+                made.dispatcher.check_room(2, 0)
+            assert idle(made)
 
     drive(story)

@@ -151,6 +151,20 @@ def test_progress_renews_the_cap() -> None:
     drive(story)
 
 
+def test_the_prefill_workers_token_is_no_progress_of_the_decode_worker() -> None:
+    """Else a worker that fails at its first step costs a hand-off for each token."""
+
+    async def story() -> None:
+        worker = ScriptedWorker("d0", scripts=[[Write(1), Fail(TransferError("x"))]] * 9)
+        config = settings(skip_handoff_tokens=0, attempts_decode=3)
+        async with cluster(worker, prefill("p0"), config=config) as made:
+            with pytest.raises(TransferError):
+                await collect(made, job(prompt=PROMPT, tokens=12))
+            assert [start.prefill.worker_id for start in worker.starts] == ["p0"] * 3
+
+    drive(story)
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_prefill_worker_that_fails_twice_is_given_up_unless_strict(strict: bool) -> None:
     async def story() -> None:

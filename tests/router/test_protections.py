@@ -91,10 +91,12 @@ def test_deduplication() -> None:
 def test_without_deduplication_a_duplicate_is_worked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = RequestBook.open
 
-    def forgetful(self: RequestBook, request: RequestLog) -> RequestLog | None:
+    def forgetful(
+        self: RequestBook, request: RequestLog, *, own: bool = False
+    ) -> RequestLog | None:
         """Knows of nobody who asked before."""
         self._by_id.clear()
-        return plain(self, request)
+        return plain(self, request, own=own)
 
     monkeypatch.setattr(RequestBook, "open", forgetful)
     assert drive(the_same_id_twice) == (2, False)
