@@ -3,8 +3,9 @@
     open -> read ... -> peer_lost or sweep -> close
 
 Giving a peer up is two things. That it is given up holds at once, before ``peer_lost`` returns.
-Closing what was open to it may wait for the read that runs, so it has threads of its own: it stands
-in line neither behind reads that wait for that very peer nor behind the closing of another one.
+Closing what was open to it may wait for the read that runs, so each has a thread of its own, which
+ends with it: it stands in line neither behind reads that wait for that very peer nor behind the
+closing of another one.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from kv_transfer.base import BlockOffer, BlockReader, Endpoint, ReadReport
@@ -38,8 +40,8 @@ class PeerReads:
             READ_THREADS, thread_name_prefix=READING, initializer=_name_this_thread
         )
         self.late = 0  # reads that returned to attempts that were over; event loop only
-        # A close waits for a read's thread at most, so that no more of them can wait.
-        self._closing = ThreadPoolExecutor(READ_THREADS + 1, thread_name_prefix="kv-close")
+        self._sweeping = ThreadPoolExecutor(1, thread_name_prefix="kv-sweep")
+        self._closing: set[threading.Thread] = set()  # event loop only, until the last close
 
     async def open(self, endpoint: Endpoint) -> BlockReader:
         loop = asyncio.get_running_loop()
@@ -71,18 +73,22 @@ class PeerReads:
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(LOST_PEERS_EVERY_S)
-            await loop.run_in_executor(self._closing, self._readers.close_lost)
+            await loop.run_in_executor(self._sweeping, self._readers.close_lost)
 
     def _close(self, closing: Callable[[], object]) -> None:
-        done: Future[object] = self._closing.submit(closing)
-        done.add_done_callback(_report)
+        self._closing = {thread for thread in self._closing if thread.is_alive()}
+        thread = threading.Thread(target=_close_and_report, args=(closing,), name="kv-close")
+        self._closing.add(thread)
+        thread.start()
 
     def end_reads(self) -> None:
         """Returns when no read is under way; none may be begun any more."""
         self._reading.shutdown(wait=True)
 
     def close(self) -> None:
-        self._closing.shutdown(wait=True)
+        self._sweeping.shutdown(wait=True)
+        for thread in self._closing:
+            thread.join()
         self._readers.close()
 
 
@@ -92,6 +98,8 @@ def _name_this_thread() -> None:
         Path("/proc/thread-self/comm").write_text(READING)
 
 
-def _report(done: Future[object]) -> None:
-    if not done.cancelled() and (error := done.exception()) is not None:
-        _log.error("giving up what was open to a peer failed", exc_info=error)
+def _close_and_report(closing: Callable[[], object]) -> None:
+    try:
+        closing()
+    except Exception:
+        _log.exception("giving up what was open to a peer failed")

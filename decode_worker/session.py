@@ -9,7 +9,6 @@ session is cancelled.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
@@ -20,6 +19,7 @@ from decode_worker.attempt import Attempt, AttemptServices
 from pdserve.engine import api
 from pdserve.errors import (
     Draining,
+    InternalError,
     PdserveError,
     ProtocolError,
     StaleIncarnation,
@@ -60,12 +60,14 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
             async for message in session.messages():
                 yield message
         finally:
-            for task in (reader, watchdog):
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
             session.abandon()
             self._sessions.discard(session)
+            reader.cancel()
+            watchdog.cancel()
+            ends = await asyncio.gather(reader, watchdog, return_exceptions=True)
+            for end in ends:
+                if isinstance(end, Exception):
+                    logger.error("a router's session broke", exc_info=end)
 
 
 class _Session:
@@ -136,7 +138,14 @@ class _Session:
             lambda: self._ended(attempt_id),
         )
         self.attempts[attempt_id] = attempt
-        attempt.begin()
+        try:
+            attempt.begin()
+        except Exception as error:
+            # One attempt's bug must not cost the others of this session theirs.
+            logger.exception("attempt %s could not begin", attempt_id.hex())
+            failure = error if isinstance(error, PdserveError) else InternalError(str(error))
+            attempt.cancel(failure)
+            self._emit(_refusal(attempt_id, failure))
 
     def _admit(self, start: worker_pb2.StartAttempt) -> api.Submit:
         facts = self._services.facts

@@ -133,7 +133,7 @@ class Connection:
             case Read(remaining_ms, blocks, generations):
                 self._serve_read(remaining_ms, blocks, generations)
             case Check(blocks, generations):
-                self._reply(*judge_blocks(self._pool, blocks, generations))
+                self._reply(*self._judge(self._pool, blocks, generations))
             case LinkOpen():
                 self._open_link(request)
             case SlotRead() if self._slots is not None:
@@ -146,21 +146,27 @@ class Connection:
         self, remaining_ms: int, blocks: tuple[int, ...], generations: tuple[int, ...]
     ) -> None:
         deadline = time.monotonic() + min(remaining_ms / 1000, _READ_SECONDS_MAX)
-        code, position = judge_blocks(self._pool, blocks, generations)
+        code, position = self._judge(self._pool, blocks, generations)
         self._reply(code, position)
         self._counters.add("reads")
         if code is not Code.OK:
-            self._counters.add("stale_reads")
             return
         damage = board.hit(Step.TRANSFER_SERVE)
         for views in self._source.batches(blocks):
             self._channel.send_views(flip_bit(views) if damage else views, deadline)
         # A block that was freed meanwhile may have left with other bytes in it.
-        code, position = judge_blocks(self._pool, blocks, generations)
-        if code is not Code.OK:
-            self._counters.add("stale_reads")
+        code, position = self._judge(self._pool, blocks, generations)
         self._reply(code, position)
         self._counters.add("bytes_sent", len(blocks) * self._pool.span_bytes)
+
+    def _judge(
+        self, pool: PoolMemory, blocks: Sequence[int], generations: Sequence[int]
+    ) -> tuple[Code, int]:
+        """Counts too. Shared memory is read without asking: its readers judge for themselves."""
+        code, position = judge_blocks(pool, blocks, generations)
+        if code is Code.STALE:
+            self._counters.add("stale_reads")
+        return code, position
 
     def _open_link(self, request: LinkOpen) -> None:
         if self._slots is not None or not 1 <= request.slot_blocks <= MAX_ENTRIES:
@@ -168,7 +174,7 @@ class Connection:
         if self._links is None:
             self._reply(Code.LINK, 0)
             raise TransferError("a peer asked for a link, but there is no NCCL here")
-        self._slots = SlotSender(self._channel, self._pool, self._links, judge_blocks)
+        self._slots = SlotSender(self._channel, self._pool, self._links, self._judge)
         self._slots.open(request.slot_blocks)
 
     def _reply(self, code: Code, position: int) -> None:

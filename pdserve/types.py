@@ -226,8 +226,9 @@ class Load:
     degraded: str = ""
     tiers: TierBlocks = TierBlocks()
     reach: TierReach = TierReach()
-    late_events: int = 0  # of attempts that were over, dropped: what the engine wrote
-    late_kv_reads: int = 0  # and reads of KV that returned or were asked for
+    late_events: int = 0  # of the engine, for attempts that were over: dropped
+    # Returned to attempts that were over, or asked for after their blocks had gone to others.
+    late_kv_reads: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -122,7 +122,8 @@ class EngineBridge:
         for event in events:
             listener = self._listeners.get(event.seq)
             if listener is None:
-                self.late(1)
+                # Failed answers a cancel; whoever asked for that has left.
+                self.late(not isinstance(event, api.Failed))
                 continue
             try:
                 listener(event)

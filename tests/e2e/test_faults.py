@@ -85,6 +85,7 @@ CASES = [
     (Step.DECODE_TOKENS, Action.STOP, 30),
     (Step.ENGINE_STEP, Action.HANG, 4),
     (Step.PREFILL_OFFER, Action.RAISE, 2),
+    (Step.DECODE_START, Action.RAISE, 2),
 ]  # fmt: skip
 
 
