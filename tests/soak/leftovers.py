@@ -126,6 +126,9 @@ def look(running: Running, baseline: Baseline) -> list[str]:
             for kind, more in ALLOWED.items()
             if now.get(kind, 0) > calm.get(kind, 0) + more
         ]
+        if now.get("threads", 0) > calm.get("threads", 0) + ALLOWED["threads"]:
+            named = Counter(_threads(Path(f"/proc/{pid}")))
+            left.append(f"{name}: its threads are {dict(named.most_common())}")
     return left
 
 
