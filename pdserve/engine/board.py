@@ -102,7 +102,7 @@ class Board:
             self.events.append(Admitted(seq.id, device_hit_blocks=seq.committed))
         first, end = seq.committed, self.kv.cacheable(seq)
         if self.kv.has_tiers and first < end:
-            _lend(seq, Lender.TIERS, first)
+            seq.lend(Lender.TIERS, first)
             blocks = tuple(BlockId(block) for block in seq.blocks[first:end])
             self.events.append(TierRead(seq.id, tuple(seq.keys[first:end]), blocks))
         else:
@@ -119,7 +119,7 @@ class Board:
         first = seq.computed // self.limits.block_size
         wanted = seq.blocks[first : self.limits.blocks_for(seq.known)]
         if wanted:
-            _lend(seq, Lender.IMPORT, first)
+            seq.lend(Lender.IMPORT, first)
         self.events.append(
             Reserved(
                 seq.id,
@@ -134,6 +134,7 @@ class Board:
         seq.lent_to = None
         seq.job = Job.GENERATE
         size = self.limits.block_size
+        valid_blocks = seq.trusted(valid_blocks)
         seq.computed = valid_blocks * size
         self.kv.commit(seq, min(valid_blocks, self.kv.cacheable(seq)))
         self._advance(seq, SequenceEvent.HANDOFF_FAILED)
@@ -210,7 +211,10 @@ class Board:
         """RECEIVING, and every wanted block holds verified KV."""
         seq.lent_to = None
         seq.computed = seq.known
-        self.kv.commit(seq, seq.known // self.limits.block_size)
+        full = seq.known // self.limits.block_size
+        self.kv.commit(seq, seq.trusted(full))
+        # It goes on with what its peer verified, but nobody else is to find what is suspect.
+        seq.chained = seq.chained and seq.trusted(full) == full
         self._advance(seq, SequenceEvent.ARRIVED)
         seq.journal.decodes(self.now)
         seq.job = Job.GENERATE
@@ -322,11 +326,6 @@ class Board:
 
     def violations(self) -> tuple[str, ...]:
         return self.kv.violations((*self.sequences.values(), *self.ghosts.values()))
-
-
-def _lend(seq: Sequence, lender: Lender, first: int) -> None:
-    seq.lent_to = lender
-    seq.first_lent = first
 
 
 def unanswered(sequences: Iterable[Sequence]) -> list[Sequence]:

@@ -29,6 +29,7 @@ from pdserve.engine.limits import finish_on_arrival, refusal
 from pdserve.engine.sequence import Lender, Sequence
 from pdserve.errors import Cancelled, DuplicateRequest, InternalError, Overloaded, PdserveError
 from pdserve.lifecycle import SequenceEvent, SequenceState
+from pdserve.types import BlockKey
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +67,7 @@ def handle(board: Board, command: SchedulerCommand, arrival: int) -> bool:
         case Unpin(ticket):
             return board.kv.unpin(ticket)
         case Forget(keys):
-            board.kv.forget(keys)
-            return True
+            return _forget(board, keys)
         case FlushDevice(done):
             freed = board.kv.flush()
             if done is not None:
@@ -171,6 +171,15 @@ def _import_failed(board: Board, command: ImportFailed) -> bool:
         # WAITING, or FETCHING: the state stays, and goes on to compute here.
         seq.advance(SequenceEvent.HANDOFF_FAILED)
         seq.job = Job.GENERATE
+    return True
+
+
+def _forget(board: Board, keys: tuple[BlockKey, ...]) -> bool:
+    """Also a lender may have the old bytes in hand, and say only later that they are in place."""
+    board.kv.forget(keys)
+    gone = frozenset(keys)
+    for seq in board.sequences.values():
+        seq.forget(gone)
     return True
 
 

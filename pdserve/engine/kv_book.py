@@ -172,8 +172,11 @@ class KvBook:
         return len(found)
 
     def fill_from_tiers(self, seq: Sequence, hits: Iterable[Tier | None]) -> None:
-        """The lent blocks that a tier filled: the leading ones of ``hits`` that are not None."""
-        end = self.cacheable(seq)
+        """The lent blocks that a tier filled: the leading ones of ``hits`` that are not None.
+
+        Those that were forgotten meanwhile are computed.
+        """
+        end = seq.trusted(self.cacheable(seq))
         index = seq.first_lent
         for tier in hits:
             if tier is None or index >= end:

@@ -11,7 +11,7 @@ The state moves by pdserve.lifecycle.SEQUENCE alone. Between two steps these hol
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -58,6 +58,9 @@ class Sequence:
     # Who may write into blocks ``first_lent ..``; they are not freed before it is done.
     lent_to: Lender | None = None
     first_lent: int = 0
+    # The first lent block whose key was forgotten while it was lent: what the lender has in hand
+    # from there on may be what was forgotten.
+    suspect_from: int | None = None
     reported: int = 0  # PREFILL: blocks that a BlocksReady named
     owed: int = 0  # tokens still to compute, as counted in the load
     sampler: SamplerState | None = None
@@ -143,6 +146,27 @@ class Sequence:
         self.committed = 0
         self.chained = True
         return blocks
+
+    # ---- loans -----------------------------------------------------------------------------------
+
+    def lend(self, lender: Lender, first: int) -> None:
+        self.lent_to = lender
+        self.first_lent = first
+        self.suspect_from = None
+
+    def forget(self, keys: Collection[BlockKey]) -> None:
+        """``keys`` leave every index now: of lent blocks, those from the first of them on are
+        suspect whatever the lender will say."""
+        if self.lent_to is None:
+            return
+        for index in range(self.first_lent, self.trusted(len(self.keys))):
+            if self.keys[index] in keys:
+                self.suspect_from = index
+                return
+
+    def trusted(self, blocks: int) -> int:
+        """How many of the first ``blocks``, which the lender gave back, may be relied on."""
+        return blocks if self.suspect_from is None else min(blocks, self.suspect_from)
 
     # ---- accounts --------------------------------------------------------------------------------
 

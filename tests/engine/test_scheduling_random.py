@@ -55,6 +55,7 @@ class Peers:
     indexed: set[BlockKey] = field(default_factory=set)
     offered: dict[SeqId, list[int]] = field(default_factory=dict)
     gave_up: set[SeqId] = field(default_factory=set)
+    damaged: set[tuple[SeqId, BlockKey]] = field(default_factory=set)
     ended: set[SeqId] = field(default_factory=set)
     families: list[list[int]] = field(default_factory=list)
 
@@ -138,7 +139,10 @@ class Peers:
                 self.gave_up.add(seq)
                 world.post(ImportFailed(seq, 0))
         if rng.random() < 0.03 and self.indexed:
-            world.post(Forget((rng.choice(sorted(self.indexed)),)))
+            self.forget(rng.choice(sorted(self.indexed)))
+        reads = [debt for debt in self.debts if isinstance(debt, TierRead)]
+        if rng.random() < 0.1 and reads:
+            self.forget(rng.choice(rng.choice(reads).keys))
         if rng.random() < 0.01:
             world.post(FlushDevice())
         world.now += rng.random()
@@ -163,6 +167,13 @@ class Peers:
         )
         assert world.submitted[seq]
 
+    def forget(self, key: BlockKey) -> None:
+        """The block is damaged everywhere. Whoever reads it already may still deliver it so."""
+        self.world.post(Forget((key,)))
+        if self.slow_tier.pop(key, None) is not None:
+            reads = [debt for debt in self.debts if isinstance(debt, TierRead)]
+            self.damaged |= {(read.seq, key) for read in reads if key in read.keys}
+
     def settle(self, debt: TierRead | Reserved | WriteBack | SeqId) -> None:
         match debt:
             case TierRead():
@@ -182,12 +193,16 @@ class Peers:
         hits: list[Tier | None] = []
         for key, block in zip(read.keys, read.blocks, strict=True):
             stored = self.slow_tier.get(key) if self.rng.random() < 0.9 else None
-            if stored is None or None in hits:
+            if (read.seq, key) in self.damaged and None not in hits:
+                self.world.scribble(block, self.rng)
+                hits.append(Tier.HOST)
+            elif stored is None or None in hits:
                 self.world.scribble(block, self.rng)
                 hits.append(None)
             else:
                 self.world.words[block] = stored[1]
                 hits.append(stored[0])
+        self.damaged -= {(read.seq, key) for key in read.keys}
         self.world.post(TierReadDone(read.seq, tuple(hits)))
 
     def _import(self, reserved: Reserved) -> None:
