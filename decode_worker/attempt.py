@@ -57,6 +57,11 @@ class AttemptServices:
     late_read: Callable[[], None]
 
 
+def elsewhere(error: PdserveError) -> bool:
+    """Whether another pair may do what this one could not; a bad request fails anywhere."""
+    return error.retryable or isinstance(error, TransferError | InternalError)
+
+
 class Attempt:
     """One StartAttempt. ``emit`` hands events to the session; ``ended`` comes last."""
 
@@ -290,8 +295,7 @@ class Attempt:
 
     def _emit_failure(self, effect: protocol.EmitFailure) -> None:
         error = effect.error
-        # Another pair may do what this one could not; a bad request fails anywhere.
-        retryable = error.retryable or isinstance(error, TransferError | InternalError)
+        retryable = elsewhere(error)
         failure = worker_pb2.AttemptFailure(
             code=error.code,
             message=str(error),

@@ -197,12 +197,15 @@ class DecodeAttempt:
         """The prompt is computed; ``finish`` set: nothing is left to decode."""
         if self.answered:
             return []
-        if not TABLE.allows(self.state, Input.PEER_FINISHED) or self._first_token is not None:
+        # Only a sequence that had ended before it came is finished without having started.
+        allowed = finish is not None and self.state is State.QUEUED
+        allowed |= TABLE.allows(self.state, Input.PEER_FINISHED) and self._first_token is None
+        if not allowed:
             raise ProtocolError(f"prefill finished in state {self.state.value}")
         if finish is not None:
             tokens = () if token is None else (token,)
             emit = Emit(tokens, self._first_offset, finish, None)
-            return [emit, SendDone(), *self._abandon(Cancelled("ended at its first token"))]
+            return [emit, SendDone(), *self._leave(Cancelled("ended at its first token"))]
         if token is None:
             raise ProtocolError("prefill finished without a token")
         self._first_token = token

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable
 
 import grpc
 
-from decode_worker.attempt import Attempt, AttemptServices
+from decode_worker.attempt import Attempt, AttemptServices, elsewhere
 from pdserve.engine import api
 from pdserve.errors import (
     Draining,
@@ -191,7 +191,7 @@ def _refusal(attempt_id: bytes, error: PdserveError) -> worker_pb2.AttemptEvent:
         failure=worker_pb2.AttemptFailure(
             code=error.code,
             message=str(error),
-            retryable=error.retryable,
+            retryable=elsewhere(error),
             retry_after_ms=int(1000 * (error.retry_after_s or 0)),
         ),
     )

@@ -131,7 +131,7 @@ def test_what_a_woken_worker_still_does_is_counted_and_reaches_nobody(
     asked = prompts(tag)
     calm = run_all(cluster, asked, f"calm-{tag}")
     role = "prefill" if step is Step.PREFILL_OFFER else "decode"
-    victim = cluster.arm(role, step, Action.STOP, 12)
+    victim = cluster.arm(role, step, Action.STOP, 3 if role == "prefill" else 12)
     before = dropped(cluster, victim)
     with ThreadPoolExecutor(1) as pool:
         storm = pool.submit(run_all, cluster, asked, f"storm-{tag}")
