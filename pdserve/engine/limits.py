@@ -70,9 +70,14 @@ def refusal(submit: Submit, limits: Limits) -> PdserveError | None:
 
 
 def finish_on_arrival(submit: Submit, limits: Limits) -> FinishReason | None:
-    """Set when what was generated before this attempt already ended the sequence."""
+    """Set when what was generated before this attempt already ended the sequence.
+
+    As in a running one, a stop id among the first min_tokens ends nothing: the sampler would not
+    have made it, so a client did.
+    """
     tokens, sampling = submit.tokens, submit.sampling
-    if tokens.generated and tokens.token_ids[-1] in sampling.stop_token_ids:
+    stops = tokens.generated > sampling.min_tokens
+    if stops and tokens.token_ids[-1] in sampling.stop_token_ids:
         return FinishReason.STOP
     if tokens.generated and len(tokens.token_ids) >= limits.max_model_len:
         return FinishReason.LENGTH

@@ -186,7 +186,8 @@ class World:
         """What the model would write, up to the limits of context and pool."""
         submit = self.submitted[seq]
         tokens = submit.tokens
-        if tokens.generated and tokens.token_ids[-1] in submit.sampling.stop_token_ids:
+        stops = tokens.generated > submit.sampling.min_tokens
+        if stops and tokens.token_ids[-1] in submit.sampling.stop_token_ids:
             return []
         room = min(self.max_model_len, self.num_blocks * self.block_size + 1)
         stream = expected_tokens(MODEL, tokens.token_ids, tokens.prompt_len, submit.sampling)

@@ -212,6 +212,24 @@ def test_stop_ids_wait_for_min_tokens() -> None:
         assert world.stream(seq) == world.expected(seq)
 
 
+@pytest.mark.parametrize("job", [Job.GENERATE, Job.PREFILL])
+@pytest.mark.parametrize("least", range(5))
+def test_a_stop_id_that_a_client_sends_counts_as_one_that_was_sampled(job: Job, least: int) -> None:
+    """Three tokens were generated, the last a stop id: the third may be one if two were asked."""
+    world = World()
+    tokens = [*prompt(6), 1, 2, 49]
+    seq = world.submit(
+        tokens, job, generated=3, max_tokens=9, min_tokens=least, stop_token_ids=(49,)
+    )
+    world.run()
+    ended = least < 3
+    assert world.of(Tokens, seq)[0].finish is (FinishReason.STOP if ended else None)
+    assert bool(world.of(Admitted, seq)) is not ended
+    if job is Job.GENERATE:
+        assert world.stream(seq) == world.expected(seq)
+        assert len(world.stream(seq)) == (0 if ended else 6)
+
+
 def test_priority_goes_before_arrival() -> None:
     world = World(max_running=1)
     late = world.submit(prompt(5), priority=1)
