@@ -6,6 +6,7 @@
                              v                      v
                     COMPUTING_GRANTED --computed--> COMPUTED_GRANTED --done--> CLOSED
 
+A sequence that had ended before it came is COMPUTED while QUEUED: nothing starts, nothing moves.
 Blocks become final while COMPUTING; they are offered as soon as they are both final and granted.
 The peer may be gone (lost) in any state: the engine's blocks are given back exactly once, on the
 way into CLOSED. Nothing here does I/O: each input returns the effects that the service performs.
@@ -48,6 +49,8 @@ TABLE: Table[State, Input] = Table(
     "prefill hand-off",
     {
         (_S.QUEUED, _I.ADMITTED): _S.COMPUTING,
+        # What was generated before had ended the sequence already.
+        (_S.QUEUED, _I.COMPUTED): _S.COMPUTED,
         (_S.COMPUTING, _I.BLOCKS): _S.COMPUTING,
         (_S.COMPUTING, _I.GRANT): _S.COMPUTING_GRANTED,
         (_S.COMPUTING, _I.COMPUTED): _S.COMPUTED,

@@ -31,6 +31,7 @@ class World:
 
     blocks: int
     ends_at_first: bool
+    ended_before: bool = False  # what a client sent as generated ends the sequence already
     decode: decode.DecodeAttempt = field(init=False)
     prefill: prefill.PrefillHandOff = field(init=False)
     to_prefill: list[object] = field(default_factory=list)
@@ -151,8 +152,9 @@ class World:
             offers = [BlockOffer(i, b, 0, 0) for i, b in message.blocks]
             self.run_decode(machine.offered(offers))
         elif isinstance(message, prefill.SendFinished):
-            finish = FinishReason.STOP if self.ends_at_first else None
-            self.run_decode(machine.peer_finished(TokenOut(7), finish))
+            token = None if self.ended_before else TokenOut(7)
+            finish = FinishReason.STOP if self.ends_at_first or self.ended_before else None
+            self.run_decode(machine.peer_finished(token, finish))
         elif message == "closed":
             self.run_decode(machine.peer_lost(WorkerLost("closed")))
         else:
@@ -169,7 +171,10 @@ class World:
         self.run_prefill(self.prefill.lost(None))
 
     def _prefill_works(self) -> None:
-        if self.prefill_engine == "waiting":
+        if self.ended_before:
+            self.prefill_engine = "over"
+            self.run_prefill(self.prefill.computed(api.Tokens(SEQ, 0, (), FinishReason.STOP)))
+        elif self.prefill_engine == "waiting":
             self.prefill_engine = "computing"
             self.run_prefill(self.prefill.admitted())
         elif self.computed < self.blocks:
@@ -239,7 +244,8 @@ class World:
         assert self.cancelled or len(self.answers) == 1, path
         assert len(self.answers) <= 1, path
         if "finish" in self.answers:
-            assert self.tokens == (1 if self.ends_at_first else 2), path
+            expected = 0 if self.ended_before else 1 if self.ends_at_first else 2
+            assert self.tokens == expected, path
         assert not self.lent, path
         assert not self.reads, path
         assert self.decode_engine in ("none", "over"), path
@@ -292,6 +298,26 @@ def test_every_interleaving_ends_once_and_gives_everything_back(
     print(f"{states} states, {ends} ends")
     assert ends >= 1
     assert states > 8
+
+
+@pytest.mark.parametrize("faults", [0, 1, 2])
+def test_a_sequence_that_had_ended_before_it_came_ends_once_too(faults: int) -> None:
+    world = World(blocks=1, ends_at_first=False, ended_before=True)
+    world.faults = faults
+    states, ends = explore(world)
+    print(f"{states} states, {ends} ends")
+    assert ends >= 1
+    assert states >= 5 * (1 + faults)
+
+
+def test_only_an_ending_may_come_before_the_start() -> None:
+    machine = decode.DecodeAttempt(SEQ, 3, with_peer=True)
+    machine.accepted()
+    with pytest.raises(ProtocolError):
+        machine.peer_finished(TokenOut(7), None)
+    emit, done, end = machine.peer_finished(None, FinishReason.STOP)
+    assert emit == decode.Emit((), 3, FinishReason.STOP, None)
+    assert (done, end) == (decode.SendDone(), decode.End()), "no engine was asked"
 
 
 def test_the_first_token_goes_out_with_the_last_block_and_only_once() -> None:
