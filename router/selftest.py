@@ -62,6 +62,8 @@ class SelfTest:
         self._readiness = dispatcher.readiness
         self._registry = registry
         self._proof: Proof | None = None
+        # A request failed by a fault of ours, and no test has passed since.
+        self._doubt = False
         self._changed = dispatcher.doubted
         self._unlisten = registry.listen(self._follow)
 
@@ -69,8 +71,8 @@ class SelfTest:
         try:
             while True:
                 self._changed.clear()
-                doubt = self._dispatcher.take_doubt()
-                settled = not self._wanted(doubt) or await self._test()
+                self._doubt |= self._dispatcher.take_doubt()
+                settled = not self._wanted() or await self._test()
                 try:
                     async with asyncio.timeout(None if settled else RETRY_S):
                         await self._changed.wait()
@@ -94,7 +96,7 @@ class SelfTest:
             facts.incarnation for facts in self._registry.live() if facts.role is not Role.PREFILL
         )
 
-    def _wanted(self, doubt: bool) -> bool:
+    def _wanted(self) -> bool:
         """Whether there is something to prove, and somebody to prove it with."""
         model = self._registry.model()
         if model is None or not self._dispatcher.servable()[0]:
@@ -103,7 +105,7 @@ class SelfTest:
             # It is heard within the bound of silence; until then the test could miss its half.
             return False
         proof = self._proof
-        if doubt or proof is None or proof.fingerprint != model.fingerprint:
+        if self._doubt or proof is None or proof.fingerprint != model.fingerprint:
             return True
         return self._pairs(model) and not proof.moved
 
@@ -131,6 +133,7 @@ class SelfTest:
                 self._readiness.proved(False, reason)
             return False
         moved = usage.kv_bytes_transferred > 0
+        self._doubt = False
         self._proof = Proof(model.fingerprint, moved, self._decoders())
         if pairs and not moved:
             reason = usage.kv_skipped_reason or "unknown"

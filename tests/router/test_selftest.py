@@ -11,6 +11,7 @@ from router_harness import Core, cluster, collect, drive, prefill, serving, sett
 from scripted_worker import BLOCK, Fail, ScriptedWorker, job
 
 from pdserve.errors import InternalError, TransferError
+from pdserve.types import WorkerState
 from router import selftest
 from router.selftest import SelfTest
 
@@ -130,6 +131,29 @@ def test_a_failure_of_ours_puts_readiness_in_doubt(monkeypatch) -> None:
             worker.scripts = [[Fail(InternalError("wedged"))] for _ in range(4)]
             with pytest.raises(InternalError):
                 await collect(made, job())
+            await until(lambda: "wedged" in made.dispatcher.ready()[1])
+            await until(lambda: ready(made))
+            assert worker.scripts == []
+
+    drive(story)
+
+
+def test_a_doubt_that_cannot_be_tested_at_once_is_kept_until_it_can(monkeypatch) -> None:
+    monkeypatch.setattr(selftest, "RETRY_S", 0.2)
+
+    async def story() -> None:
+        worker, late = ScriptedWorker("d0"), ScriptedWorker("d1", beating=False)
+        async with serving(late), cluster(worker) as made, self_testing(made):
+            await until(lambda: ready(made))
+            # A test waits for those that start; meanwhile the other one's engine is broken.
+            made.registry.set_workers([worker.facts, late.facts])
+            worker.scripts = [[Fail(InternalError("wedged"))] for _ in range(4)]
+            with pytest.raises(InternalError):
+                await collect(made, job())
+            await asyncio.sleep(0.1)
+            assert made.registry.state(late.facts) is WorkerState.STARTING
+            assert ready(made)
+            made.registry.set_workers([worker.facts])
             await until(lambda: "wedged" in made.dispatcher.ready()[1])
             await until(lambda: ready(made))
             assert worker.scripts == []
