@@ -69,6 +69,23 @@ def test_a_resumed_request_continues_exactly(
         assert rest.finish == whole.finish
 
 
+def test_a_stop_id_below_min_tokens_that_a_client_sends_ends_nothing(clusters: Clusters) -> None:
+    cluster = clusters.get(ROOMY)
+    prompt, stop = fresh("early-stop", 3 * BLOCK + 2), 5
+    answer = cluster.caller.ask(
+        prompt, 12, generated=(stop,), min_tokens=5, stop_token_ids=(stop,), ignore_eos=True
+    )
+    # Greedy, so the same tokens follow whether it belongs to the prompt or to the answer.
+    whole = cluster.caller.ask(
+        (*prompt, stop), 11, min_tokens=4, stop_token_ids=(stop,), ignore_eos=True
+    )
+    assert answer.tokens == whole.tokens
+    assert len(answer.tokens) >= 4
+    assert answer.usage.kv_bytes_transferred > 0
+    assert answer.usage.resumes == 0, "a hand-off failed on the way"
+    cluster.check_idle()
+
+
 def test_the_seed_in_force_is_told_and_repeats_the_stream(clusters: Clusters) -> None:
     caller = clusters.get(ROOMY).caller
     prompt = fresh("minted", 12)
