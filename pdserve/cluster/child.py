@@ -1,7 +1,10 @@
 """One child process, started again when it ends by itself (unless that makes no sense).
 
 NEW -start-> STARTING -ready-> RUNNING -ended-> STARTING ... -stop-> STOPPED
-             STARTING -ended before it was ever ready-> FAILED
+             STARTING -not ready, and never was-> FAILED
+
+Once it has served, nothing that keeps it from serving again is final: a full disk, or a host
+without memory or descriptors to spare, may be over at the next try.
 
 A thread of its own starts and awaits the process and lives as long as the Child: the kernel ties
 the process to the *thread* that started it (PR_SET_PDEATHSIG), so that no process outlives a
@@ -134,37 +137,57 @@ class Child:
     def _run(self) -> None:
         try:
             self._keep_running()
+        # Nobody awaits this thread: whoever waits for readiness must hear of it.
+        except PdserveError as error:
+            if not self._stopping.is_set():
+                self._failure = error
         except Exception as error:
-            # Nobody awaits this thread: whoever waits for readiness must hear of it.
             logger.exception("%s: its supervision failed", self.name)
             self._failure = InternalError(f"{self.name}: {error}")
-            if self._process is not None:
-                self._process.kill()
-                self._process.wait()
         finally:
             self._settled.set()
 
     def _keep_running(self) -> None:
-        backoff, again = _BACKOFF_MIN_S, False
+        backoff = _BACKOFF_MIN_S
         while not self._stopping.is_set():
-            process = self._spawn()
-            if process is None:
-                return
             started = time.monotonic()
-            if not self._await_ready(process, again) and not again:
-                return
-            again = True
-            code = process.wait()
-            if self._stopping.is_set():
-                return
-            self._on_death(code)
-            if not self._restarts:
-                return
+            try:
+                if not self._live():
+                    return
+            except Exception as error:
+                if self._stopping.is_set() or not (self._restarts and self._settled.is_set()):
+                    raise
+                logger.warning(
+                    "%s was not started again, and is tried once more: %s: %s",
+                    self.name,
+                    type(error).__name__,
+                    error,
+                )
             stable = time.monotonic() - started > _STABLE_S
             backoff = _BACKOFF_MIN_S if stable else min(_BACKOFF_MAX_S, backoff * 2)
             self._stopping.wait(backoff)
 
+    def _live(self) -> bool:
+        """One process from its start to its end. Whether there is to be another."""
+        process = self._spawn()
+        if process is None:
+            return False
+        try:
+            self._ready(process)
+            self._on_ready(self._settled.is_set())
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        self._settled.set()
+        code = process.wait()
+        if self._stopping.is_set():
+            return False
+        self._on_death(code)
+        return self._restarts
+
     def _spawn(self) -> subprocess.Popen[bytes] | None:
+        """None: it is to be stopped."""
         command = list(self._command())
         with self._log.open("ab") as log, self._lock:
             if self._stopping.is_set():
@@ -172,22 +195,8 @@ class Child:
             try:
                 self._process = _popen(command, self._env, log, self._piped)
             except OSError as error:
-                self._failure = ConfigError(f"cannot start {command[0]}: {error.strerror}")
-                return None
+                raise ConfigError(f"cannot start {command[0]}: {error.strerror}") from error
             return self._process
-
-    def _await_ready(self, process: subprocess.Popen[bytes], again: bool) -> bool:
-        try:
-            self._ready(process)
-        except PdserveError as error:
-            process.kill()
-            process.wait()
-            if not again and not self._stopping.is_set():
-                self._failure = error
-            return False
-        self._on_ready(again)
-        self._settled.set()
-        return True
 
 
 def _end(process: subprocess.Popen[bytes], timeouts_s: Sequence[float]) -> None:

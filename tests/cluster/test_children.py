@@ -128,6 +128,45 @@ def test_a_missing_program_is_a_clear_error(tmp_path: Path) -> None:
     thing.stop(1)
 
 
+@pytest.mark.parametrize("missing", ["arguments", "logs", "program", "proof"])
+def test_what_keeps_a_child_from_its_restart_is_not_final(tmp_path: Path, missing: str) -> None:
+    """Files that are gone for a while stand for a full disk and for a host that is short of all."""
+    arguments, program, proof = (tmp_path / name for name in ("arguments", "program", "proof"))
+    logs = tmp_path / "logs"
+    arguments.write_text("60")
+    program.symlink_to("/bin/sleep")
+    logs.mkdir()
+    proof.touch()
+    deaths: list[int] = []
+    readies: list[bool] = []
+    thing = Child(
+        "thing",
+        lambda: [str(program), arguments.read_text()],
+        lambda process: proof.stat() and None,
+        env={},
+        log=logs / "log",
+        on_ready=readies.append,
+        on_death=deaths.append,
+    )
+    thing.start()
+    thing.wait_ready(10)
+    try:
+        first = thing.pid
+        (tmp_path / missing).rename(tmp_path / "away")
+        os.kill(first, signal.SIGKILL)
+        eventually(lambda: deaths)
+        time.sleep(1.0)  # some tries
+        assert thing.pid == 0
+        (tmp_path / "away").rename(tmp_path / missing)
+        eventually(lambda: len(readies) == 2)
+        assert thing.pid not in (0, first)
+        assert readies == [False, True]
+        assert deaths == [-signal.SIGKILL]
+    finally:
+        thing.stop(1)
+    assert thing.pid == 0
+
+
 def test_a_child_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
     code = "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(60)"
     thing = child(tmp_path, code, lambda p: time.sleep(0.3))
