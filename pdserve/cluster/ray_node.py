@@ -133,6 +133,9 @@ def _own(mark: str, threads: int) -> dict[str, str]:
         MARK: mark,
         # Ray sets it to 1 for actors that hold no CPU, unless it is set.
         "OMP_NUM_THREADS": str(threads),
+        # Ray's own choice is 15: then whatever else the host does goes first, and a token waits for
+        # every message that it causes.
+        "RAY_worker_niceness": "0",
         # Workers share the cores: a thread that spins while it waits stops its neighbours. Read
         # when the OpenMP library is loaded, so it has to be here before torch is.
         "OMP_WAIT_POLICY": "passive",

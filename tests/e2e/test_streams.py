@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -210,6 +211,13 @@ def test_two_choices_of_workers_are_two_processes(clusters: Clusters) -> None:
     assert {worker["role"] for worker in workers} == {"prefill", "decode"}
     assert len({worker["pid"] for worker in workers}) == 2
     assert {worker["state"] for worker in workers} == {"ready"}
+
+
+def test_workers_stand_behind_nobody_for_the_cores(clusters: Clusters) -> None:
+    """Ray would start them with a niceness of 15."""
+    ours = os.getpriority(os.PRIO_PROCESS, 0)
+    for facts in clusters.get(ROOMY).cluster.workers():
+        assert os.getpriority(os.PRIO_PROCESS, facts.pid) == ours
 
 
 def test_a_first_token_that_ends_moves_nothing(clusters: Clusters) -> None:
