@@ -23,7 +23,8 @@ from pdserve.types import Role, WorkerId
 
 if TYPE_CHECKING:  # both bring in Ray
     from pdserve.cluster.actor import StartFailure
-    from pdserve.cluster.membership import Membership, Seen
+    from pdserve.cluster.membership import Membership
+    from pdserve.cluster.seen import Seen
 
 
 class Start(enum.Enum):

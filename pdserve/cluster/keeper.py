@@ -20,7 +20,7 @@ from pdserve.errors import PdserveError
 from pdserve.types import WorkerId
 
 if TYPE_CHECKING:
-    from pdserve.cluster.membership import Seen
+    from pdserve.cluster.seen import Seen
 
 logger = logging.getLogger(__name__)
 

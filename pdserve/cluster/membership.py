@@ -1,13 +1,13 @@
 """Keeps the router told who exists: asks the actors, pushes the whole truth when it changed.
 
-Of one worker:
-    UNKNOWN -described-> PRESENT -actor gone-> ABSENT -described, new incarnation-> PRESENT
-            -told why not-> FAILED -restarted-> ...
+What is known of one worker, and how answers change it, is in pdserve/cluster/seen.py.
 
 An actor is asked again only when it answered the last time, so a frozen one costs one pending call
-and holds up nobody; the router's own heartbeats judge it. While Ray's control plane does not
-answer, nobody is declared gone: what the router knows stays as it is and streams run on. An actor
-from before such a time that ends after it is replaced: Ray may not tell of it again (decision 5).
+and holds up nobody; the router's own heartbeats judge it. So they do one that Ray cannot reach: Ray
+says the same of a worker that died and of one that was cut off for a moment, and its control plane
+is asked which process is the actor's. While that does not answer, nobody is declared gone: what the
+router knows stays as it is and streams run on. An actor from before such a time that ends after it
+is replaced: Ray may not tell of it again (decision 5).
 
 An error that nobody foresaw ends membership, and with it the cluster's use: it is told at once.
 """
@@ -18,16 +18,16 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import grpc
-import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
-from pdserve.cluster.actor import StartFailure
+from pdserve.cluster.ray_tables import RayTables
+from pdserve.cluster.seen import Seen, Step, described, gone, out_of_reach, refused
 from pdserve.config import TimersConfig
 from pdserve.errors import ConfigError, InternalError, PdserveError
 from pdserve.rpc import convert
@@ -44,7 +44,6 @@ STARTING_POLL_S = 0.05
 RESTART_POLL_MAX_S = 10.0
 REPUSH_S = 10.0
 _REFUSED = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
-CONTROL_PLANE_TIMEOUT_S = 2.0
 CONTROL_PLANE_LOOK_S = 1.0
 # So many fruitless questions, the pauses between which double to 3 s in all, are no short cut.
 UNAVAILABLE_TIMES = 6
@@ -69,19 +68,9 @@ class Router(Protocol):
     def generation(self) -> int: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """What is known of one worker."""
-
-    facts: WorkerFacts | None = None
-    failure: StartFailure | None = None
-    deaths: int = 0
-    fruitless: int = 0  # deaths, or refused calls, since it was last present
-
-
 def _pause(seen: Seen) -> float:
     """Seconds until the next question, which may begin another start."""
-    if seen.facts is not None:
+    if seen.facts is not None and not seen.fruitless:
         return POLL_S
     return min(RESTART_POLL_MAX_S, STARTING_POLL_S * 2.0 ** min(seen.fruitless, 20))
 
@@ -133,9 +122,7 @@ class Membership:
         self._stop = asyncio.Event()
         self._poke = asyncio.Event()
         self._replanned = asyncio.Event()
-        # One thread: calls to Ray's control plane block while it is away.
-        self._control = ThreadPoolExecutor(1, "ray-control")
-        self._control_call: asyncio.Future[Any] | None = None
+        self._tables = RayTables()
         self._renewals = ThreadPoolExecutor(1, "ray-renew")
         self._thread = threading.Thread(target=self._run, name="membership", daemon=True)
 
@@ -150,8 +137,8 @@ class Membership:
             self._loop.call_soon_threadsafe(self._stop.set)
             self._thread.join()
         self._loop.close()
-        for executor in (self._control, self._renewals):
-            executor.shutdown(wait=False, cancel_futures=True)
+        self._tables.close()
+        self._renewals.shutdown(wait=False, cancel_futures=True)
 
     # ---- the plan: who is to exist, and for what -------------------------------------------------
 
@@ -274,31 +261,40 @@ class Membership:
         """Until it is cancelled, which may be a while after the worker was dropped."""
         heard_of = self._returns
         while True:
-            try:
-                answer = await asyncio.wrap_future(actor.describe.remote().future())
-            except RayActorError as error:
-                if await self._nodes() is not None:
-                    self._set_gone(worker)
-                    returns = self._returns
-                    # One that is only unavailable may live, and come back by itself.
-                    may_live = (
-                        isinstance(error, ActorUnavailableError)
-                        and self._before(worker).fruitless < UNAVAILABLE_TIMES
-                    )
-                    if (
-                        heard_of != returns
-                        and not may_live
-                        and (made := await self._renewed(worker, actor))
-                    ):
-                        actor, heard_of = made, returns
-            except RayError as error:
-                logger.warning("%s: asking it failed: %s", worker, type(error).__name__)
-            else:
-                if isinstance(answer, WorkerFacts):
-                    self._set_present(worker, answer)
-                else:
-                    self._set_failed(worker, answer)
+            is_lost = await self._ask(worker, actor)
+            returns = self._returns
+            if is_lost and heard_of != returns and (made := await self._renewed(worker, actor)):
+                actor, heard_of = made, returns
             await asyncio.sleep(_pause(self._before(worker)))
+
+    async def _ask(self, worker: WorkerId, actor: Any) -> bool:
+        """One question. Whether this actor is lost, unless Ray brings it back."""
+        try:
+            answer = await asyncio.wrap_future(actor.describe.remote().future())
+        except RayActorError as error:
+            return await self._judge(worker, actor, isinstance(error, ActorUnavailableError))
+        except RayError as error:
+            logger.warning("%s: asking it failed: %s", worker, type(error).__name__)
+        else:
+            if isinstance(answer, WorkerFacts):
+                self._take(worker, described, answer)
+            else:
+                self._take(worker, refused, answer)
+        return False
+
+    async def _judge(self, worker: WorkerId, actor: Any, unavailable: bool) -> bool:
+        """Ray could not ask it: it died, or is only ``unavailable``. Whether it is lost."""
+        if await self._tables.nodes() is None:
+            return False
+        if not unavailable:
+            self._take(worker, gone)
+            return True
+        facts = self._before(worker).facts
+        if facts is not None and await self._tables.process_of(actor) in (None, facts.pid):
+            self._take(worker, out_of_reach)
+            return False
+        self._take(worker, gone)
+        return self._before(worker).fruitless >= UNAVAILABLE_TIMES
 
     async def _renewed(self, worker: WorkerId, actor: Any) -> Any | None:
         """Who took its place. None: nobody may, or could for now."""
@@ -320,44 +316,22 @@ class Membership:
         with self._changed:
             return self._seen.get(worker, Seen())
 
-    def _set(self, worker: WorkerId, seen: Seen) -> None:
+    def _take(self, worker: WorkerId, step: Callable[..., Step], *answer: object) -> None:
+        taken = step(self._before(worker), *answer)
+        if taken.note:
+            self._note(f"{worker} {taken.note}")
         with self._changed:
-            if worker not in self._actors:
+            if taken.seen == self._seen.get(worker) or worker not in self._actors:
                 return
-            self._seen[worker] = seen
+            self._seen[worker] = taken.seen
             self._changed.notify_all()
         self._poke.set()
-
-    def _set_present(self, worker: WorkerId, facts: WorkerFacts) -> None:
-        before = self._before(worker)
-        if before.facts == facts:
-            return
-        replaced = before.facts is not None and before.facts.incarnation != facts.incarnation
-        deaths = before.deaths + (1 if replaced else 0)
-        if deaths:
-            self._note(f"{worker} serves again (pid {facts.pid})")
-        self._set(worker, Seen(facts, None, deaths))
-
-    def _set_gone(self, worker: WorkerId) -> None:
-        before = self._before(worker)
-        if before.facts is not None or not before.deaths:
-            self._note(f"{worker} died")
-        fruitless = before.fruitless + (1 if before.facts is None else 0)
-        gone = Seen(None, before.failure, before.deaths + 1, fruitless)
-        self._set(worker, gone)
-
-    def _set_failed(self, worker: WorkerId, failure: StartFailure) -> None:
-        before = self._before(worker)
-        if before.failure == failure:
-            return
-        self._note(f"{worker} does not start: {failure.message}")
-        self._set(worker, replace(before, facts=None, failure=failure))
 
     async def _look_for_control_plane(self) -> None:
         head: frozenset[str] = frozenset()
         while True:
             await asyncio.sleep(CONTROL_PLANE_LOOK_S)
-            nodes = await self._nodes()
+            nodes = await self._tables.nodes()
             if nodes is None:
                 self._set_away(True)
                 continue
@@ -373,20 +347,6 @@ class Membership:
         with self._changed:
             self._away = away
         self._poke.set()
-
-    async def _nodes(self) -> Sequence[Mapping[str, Any]] | None:
-        """Ray's nodes; None while its control plane does not answer."""
-        loop = asyncio.get_running_loop()
-        if self._control_call is None or self._control_call.done():
-            self._control_call = loop.run_in_executor(self._control, ray.nodes)
-        call = asyncio.shield(self._control_call)
-        try:
-            nodes: Sequence[Mapping[str, Any]] = await asyncio.wait_for(
-                call, CONTROL_PLANE_TIMEOUT_S
-            )
-        except (TimeoutError, RayError, RuntimeError, ConnectionError):
-            return None
-        return nodes
 
     async def _push_changes(self) -> None:
         while True:

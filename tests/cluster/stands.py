@@ -141,10 +141,12 @@ def facts_of(worker: WorkerId, pid: int) -> WorkerFacts:
 
 
 class Scripted:
-    """An actor as membership asks it: ``answer`` is what each question comes to."""
+    """An actor as membership asks it: ``answer`` is what each question comes to, and ``process``
+    the pid that the control plane tells."""
 
     def __init__(self, answer: Any) -> None:
         self.answer = answer
+        self.process = answer.pid
         self.asked = 0
 
     @property
@@ -170,6 +172,7 @@ class Renewals:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         import ray
 
+        from pdserve.cluster import ray_tables
         from pdserve.cluster.membership import Membership
 
         self.worker = WorkerId("decode-0")
@@ -189,6 +192,7 @@ class Renewals:
         )
         self.head = "first"
         patch.setattr(ray, "nodes", lambda: [self._node()])
+        patch.setattr(ray_tables, "process_of", lambda actor: actor.process)
         self.membership.start()
         assert self.present()
         time.sleep(1.5)  # it looks each second

@@ -42,7 +42,7 @@ def test_the_keeper_kills_and_goes_on_when_the_router_is_away() -> None:
 import threading
 from pdserve.cluster import keeper
 from pdserve.cluster.actor import StartFailure
-from pdserve.cluster.membership import Seen
+from pdserve.cluster.seen import Seen
 from pdserve.config import TimersConfig
 from pdserve.errors import WorkerLost
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -121,6 +122,60 @@ def test_a_frozen_worker_holds_up_nobody_and_can_be_killed(stand: Callable[..., 
     finally:
         assert orphans.kill_pid(frozen, one.node.mark)
     eventually(lambda: one.router.told.get("decode-0", told["decode-0"]) != told["decode-0"])
+
+
+def test_a_worker_that_was_cut_off_for_a_moment_is_told_gone_to_nobody(
+    stand: Callable[..., Stand],
+) -> None:
+    """Its connection to the owner breaks while a question waits; Ray calls it unavailable."""
+    one = stand(prefill=1, decode=1)
+    assert one.all_present()
+    worker, told, pushed = WorkerId("decode-0"), dict(one.router.told), len(one.router.pushes)
+    pid, port = one.pid("decode-0"), port_of(one, worker)
+    os.kill(pid, signal.SIGSTOP)  # a question of ours now waits for its answer
+    try:
+        time.sleep(0.5)
+        assert cut_connections_to(port) > 0
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    eventually(lambda: one.membership.seen[worker].fruitless or one.notes)
+    eventually(lambda: one.membership.seen[worker].fruitless == 0)
+    time.sleep(0.5)
+    pushes = one.router.pushes[pushed:]
+    assert pushes
+    assert all({w.id: w.incarnation for w in push} == told for push in pushes), one.notes
+    assert one.notes == []
+    # And when it does die it is gone, though Ray says the same of it.
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: one.router.told.get("decode-0", told["decode-0"]) != told["decode-0"])
+    assert one.notes[0] == "decode-0 died"
+
+
+def port_of(one: Stand, worker: WorkerId) -> int:
+    """Where the actor's process listens for its owner's calls, as Ray tells it."""
+    from ray._private.state import actors
+
+    return int(actors(one.pools.actors[worker]._actor_id.hex())["Address"]["Port"])
+
+
+def cut_connections_to(port: int) -> int:
+    """Shuts every connection of this process to that port; how many."""
+    cut = 0
+    for entry in os.listdir("/proc/self/fd"):
+        try:
+            copy = os.dup(int(entry))
+        except OSError:
+            continue  # it was that of the listing
+        try:
+            with socket.socket(fileno=copy) as one:
+                if one.family in (socket.AF_INET, socket.AF_INET6) and (
+                    one.getpeername()[1] == port
+                ):
+                    one.shutdown(socket.SHUT_RDWR)
+                    cut += 1
+        except OSError:
+            continue  # no socket, or not connected
+    return cut
 
 
 def test_a_restarted_router_is_told_everything_again(stand: Callable[..., Stand]) -> None:
@@ -287,8 +342,10 @@ def test_after_the_heads_return_only_the_dead_are_replaced_and_errors_end_nothin
     asked = renewals.actor.asked
     eventually(lambda: renewals.actor.asked >= asked + 3)
     assert renewals.renewals == 0, "it was cut off, and may well live"
+    assert renewals.pid() == 1, "nor is it gone"
     renewals.actor.answer = facts_of(renewals.worker, 1)
     assert renewals.present()
+    assert renewals.notes == []
 
     def refuse(worker: WorkerId, actor: Any) -> Any:
         raise ValueError("the name is taken")
