@@ -46,13 +46,17 @@ from prefill_worker.protocol import (
 
 logger = logging.getLogger(__name__)
 
+# The inbox must stay empty for so long once a lease is over: when this process stood still, what
+# the peer said meanwhile is yet to be read from its connection.
+LAST_WORDS_S = 0.25
+
 
 @dataclass(frozen=True, slots=True)
 class _PeerClosed:
     pass
 
 
-_Inbox = asyncio.Queue[SequenceEvent | kv_pb2.DecodeToPrefill | _PeerClosed]
+_Item = SequenceEvent | kv_pb2.DecodeToPrefill | _PeerClosed
 
 
 class PrefillService(kv_pb2_grpc.PrefillServicer):
@@ -98,7 +102,7 @@ class PrefillService(kv_pb2_grpc.PrefillServicer):
             with contextlib.suppress(asyncio.CancelledError):
                 await reader
             attempt.give_back()
-            self._bridge.late(attempt.unheard())
+            self._bridge.late(attempt.read_out())
             self._bridge.forget(submit.seq)
             self.attempts -= 1
 
@@ -144,7 +148,7 @@ class _Attempt:
     """One stream: its inbox, its state machine and its lease."""
 
     def __init__(self, service: PrefillService, submit: api.Submit) -> None:
-        self.inbox: _Inbox = asyncio.Queue()
+        self.inbox: asyncio.Queue[_Item] = asyncio.Queue()
         self._service = service
         blocks = -(-len(submit.tokens.token_ids) // service._facts().model.block_size)
         moves = submit.sampling.max_tokens - submit.tokens.generated > 1
@@ -187,19 +191,26 @@ class _Attempt:
             if isinstance(effect, Post):
                 self._service.post(effect.command)
 
-    def unheard(self) -> int:
-        """How many of the engine's events lie here that nobody will hear of."""
-        found = 0
+    def read_out(self) -> int:
+        """After the end: blocks that the peer denounced are forgotten all the same.
+
+        Returns how many of the engine's events lie here that nobody will hear of.
+        """
+        unheard = 0
         while not self.inbox.empty():
             item = self.inbox.get_nowait()
-            found += not isinstance(item, _PeerClosed | kv_pb2.DecodeToPrefill | api.Failed)
-        return found
+            if isinstance(item, kv_pb2.DecodeToPrefill):
+                self._forget(item.cancel.suspect_blocks)  # none in a message of another kind
+            else:
+                unheard += not isinstance(item, _PeerClosed | api.Failed)
+        return unheard
 
     async def _next_effects(self) -> list[Effect]:
-        lease = self._heard + self._service.lease_s - time.monotonic()
-        try:
-            item = await asyncio.wait_for(self.inbox.get(), max(0.0, lease))
-        except TimeoutError:
+        left = self._heard + self._service.lease_s - time.monotonic()
+        item = await self._next_item(left)
+        if item is None:
+            item = await self._next_item(LAST_WORDS_S)
+        if item is None:
             if time.monotonic() - self._heard < self._service.lease_s:
                 return []
             logger.warning("hand-off %s: lease expired", self._machine.seq.hex())
@@ -208,7 +219,13 @@ class _Attempt:
             )
         return self._step(item)
 
-    def _step(self, item: SequenceEvent | kv_pb2.DecodeToPrefill | _PeerClosed) -> list[Effect]:
+    async def _next_item(self, timeout_s: float) -> _Item | None:
+        try:
+            return await asyncio.wait_for(self.inbox.get(), max(0.0, timeout_s))
+        except TimeoutError:
+            return None
+
+    def _step(self, item: _Item) -> list[Effect]:
         machine = self._machine
         if isinstance(item, _PeerClosed):
             return machine.lost(None)
