@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from kv_transfer.base import BlockExporter, Endpoint
 from kv_transfer.convert import endpoint_to_proto, offer_to_proto
@@ -53,7 +54,7 @@ LAST_WORDS_S = 0.25
 
 @dataclass(frozen=True, slots=True)
 class _PeerClosed:
-    pass
+    error: ProtocolError | None = None  # what it is still told
 
 
 _Item = SequenceEvent | kv_pb2.DecodeToPrefill | _PeerClosed
@@ -164,6 +165,10 @@ class _Attempt:
                     self.inbox.put_nowait(message)
         except grpc.aio.UsageError:
             logger.debug("hand-off stream was closed while it was read")
+        except DecodeError:
+            error = ProtocolError("a message of the hand-off could not be parsed")
+            self.inbox.put_nowait(_PeerClosed(error))
+            return
         self.inbox.put_nowait(_PeerClosed())
 
     async def messages(self) -> AsyncIterator[kv_pb2.PrefillToDecode]:
@@ -228,7 +233,7 @@ class _Attempt:
     def _step(self, item: _Item) -> list[Effect]:
         machine = self._machine
         if isinstance(item, _PeerClosed):
-            return machine.lost(None)
+            return machine.lost(item.error)
         if isinstance(item, kv_pb2.DecodeToPrefill):
             return self._wire(item)
         if isinstance(item, api.Admitted):
