@@ -83,7 +83,7 @@ class Attempt:
         self._record = AttemptRecord(
             services.facts.model.block_size,
             prefill_worker=start.prefill.worker_id if with_peer else "",
-            skip_reason=start.skip_reason or "local",
+            skip_reason=start.skip_reason or ("" if with_peer else "local"),
         )
         self._peer: PrefillPeer | None = None
         self._peer_blocks = 0
@@ -91,7 +91,8 @@ class Attempt:
         self._tasks: set[asyncio.Task[None]] = set()
         # Sent with the first tokens.
         self._prompt_logprobs: list[inference_pb2.TokenLogprob] = []
-        self._facts_sent = False
+        # So are the facts; again with the next ones after the last block arrived, and at the end.
+        self._facts_due = True
 
     def begin(self) -> None:
         board.hit(Step.DECODE_START)
@@ -160,8 +161,6 @@ class Attempt:
             token = convert.token_out_from_proto(finished.first_token)
         if finish is not None:
             record.skip_reason = "ended_at_first_token"
-        elif not record.bytes_moved:
-            record.skip_reason = "all_blocks_local"
         self._prompt_logprobs = list(finished.prompt_logprobs)
         return self._machine.peer_finished(token, finish)
 
@@ -250,6 +249,8 @@ class Attempt:
             self._record.granted(len(effect.block_indices))
             self._peer.grant(effect.block_indices)
         elif isinstance(effect, protocol.SendDone):
+            self._record.arrived()
+            self._facts_due = True
             self._peer.done()
         elif effect.suspect:
             self._peer.denounce(effect.suspect)
@@ -276,10 +277,10 @@ class Attempt:
         )
         if effect.finish is not None:
             event.finish_reason = convert.finish_reason_to_proto(effect.finish)
-        if not self._facts_sent:
-            event.prompt_logprobs.extend(self._prompt_logprobs)
-        if effect.finish is not None or not self._facts_sent:
-            self._facts_sent = True
+        event.prompt_logprobs.extend(self._prompt_logprobs)
+        self._prompt_logprobs = []
+        if effect.finish is not None or self._facts_due:
+            self._facts_due = False
             event.facts.CopyFrom(self._record.to_proto())
             event.phases.extend(self._record.take_phases(self._services.facts.id))
         self._emit(event)

@@ -36,6 +36,10 @@ class AttemptRecord:
     def started(self) -> None:
         self._started = time.monotonic()
 
+    def arrived(self) -> None:
+        """Every block that was wanted of the peer is here."""
+        self.skip_reason = self.skip_reason or "all_blocks_local"
+
     def granted(self, blocks: int) -> None:
         now = time.monotonic()
         self.recorder.add(between(PhaseName.GRANT, self._started, now, blocks=blocks))

@@ -6,8 +6,9 @@ With a prefill peer:
                                                 (grant is sent)      (offers are read)
 Alone: LOCAL from the start; the engine reads the prompt itself.
 
-The client gets the first token as soon as the last block arrived: the engine may be in the middle
-of a step. When the engine tells that token too, it is dropped.
+The client gets the first token as soon as the prefill worker tells it, while the last blocks move:
+these are hashed after it was computed from them, so how they arrive says nothing about it. When the
+engine tells that token too, it is dropped.
 
 What can go wrong (peer lost, a read failed, cancelled by the router) or end early (the first token
 finishes the request) leads to WINDING_DOWN, where the attempt is already answered, but the engine's
@@ -209,8 +210,9 @@ class DecodeAttempt:
         if token is None:
             raise ProtocolError("prefill finished without a token")
         self._first_token = token
+        self._first_told = True
         self._move(Input.PEER_FINISHED)
-        return self._arrived()
+        return [Emit((token,), self._first_offset, None, None), *self._arrived()]
 
     def peer_lost(self, error: PdserveError) -> list[Effect]:
         """The peer failed, said no, or broke the protocol, before it had delivered everything."""
@@ -304,9 +306,7 @@ class DecodeAttempt:
             return []
         self._move(Input.ARRIVED)
         self._lent = False
-        self._first_told = True
-        first = Emit((self._first_token,), self._first_offset, None, None)
-        return [first, Post(api.ImportDone(self.seq, self._first_token)), SendDone()]
+        return [Post(api.ImportDone(self.seq, self._first_token)), SendDone()]
 
     def _fail(
         self, error: PdserveError, peer_at_fault: bool, suspect: tuple[int, ...] = ()

@@ -37,6 +37,7 @@ from pdserve.v1 import kv_pb2, kv_pb2_grpc
 from pdserve.worker.bridge import EngineBridge, SequenceEvent
 from pdserve.worker.wire import submit_from_wire
 from prefill_worker.protocol import (
+    Close,
     Effect,
     Post,
     PrefillHandOff,
@@ -222,7 +223,11 @@ class _Attempt:
             return self._machine.lost(
                 WorkerLost(f"no message from the decode worker for {self._service.lease_s} s")
             )
-        return self._step(item)
+        effects = self._step(item)
+        while not self.inbox.empty() and not any(isinstance(one, Close) for one in effects):
+            effects += self._step(self.inbox.get_nowait())
+        # The first token need not wait for the checksums of the blocks that it came with.
+        return sorted(effects, key=lambda effect: isinstance(effect, SendOffers))
 
     async def _next_item(self, timeout_s: float) -> _Item | None:
         try:

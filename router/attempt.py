@@ -1,7 +1,7 @@
 """One attempt of a request on the workers that placement chose, and what it weighs there.
 
 Attempt(...)  -> charged to its workers in the registry
-first_token   -> the prompt is read: the reading worker is relieved
+prompt_read   -> by whom it was read is relieved, and a prefill worker's KV has moved
 end           -> the rest is relieved; once, however the attempt ended
 """
 
@@ -33,7 +33,7 @@ class Attempt:
 
     @property
     def awaited(self) -> WorkerFacts | None:
-        """The prefill worker, for as long as it reads the prompt."""
+        """The prefill worker, for as long as it reads the prompt or its KV moves."""
         peer = self.placement.prefill
         return peer.facts if self._reading and peer is not None else None
 
@@ -42,7 +42,7 @@ class Attempt:
         given = 1 if self.placement.prefill is not None else 0
         return generated > self.started_at + given
 
-    def first_token(self) -> None:
+    def prompt_read(self) -> None:
         if not self._reading:
             return
         self._reading = False
@@ -55,5 +55,5 @@ class Attempt:
         if self._ended:
             return
         self._ended = True
-        self.first_token()
+        self.prompt_read()
         self._registry.attempt_ended(self.placement.decode.facts.incarnation)

@@ -78,8 +78,8 @@ def _apply(
         worker = attempt.placement.decode.facts.id
         log.error("request %s: worker %s: %s", request.job.request_id, worker, error)
         return _failure(request, attempt, error)
-    if part.tokens:
-        attempt.first_token()
+    if attempt.progressed(len(request.generated)):
+        attempt.prompt_read()
     return part
 
 

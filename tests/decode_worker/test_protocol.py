@@ -320,22 +320,43 @@ def test_only_an_ending_may_come_before_the_start() -> None:
     assert (done, end) == (decode.SendDone(), decode.End()), "no engine was asked"
 
 
-def test_the_first_token_goes_out_with_the_last_block_and_only_once() -> None:
+def receiving(finish_first: bool) -> tuple[decode.DecodeAttempt, list[BlockOffer]]:
+    """One block is wanted; the prefill worker told its token before or after it offered that."""
     machine = decode.DecodeAttempt(SEQ, 5, with_peer=True)
     machine.accepted()
     machine.started()
     machine.reserved(api.Reserved(SEQ, 0, (api.BlockId(9),), CachedTokens()))
     offers = [BlockOffer(0, 0, 0, 0)]
+    told = [decode.Emit((TokenOut(7),), 5, None, None)]
+    if finish_first:
+        assert machine.peer_finished(TokenOut(7), None) == told
     machine.offered(offers)
-    assert machine.peer_finished(TokenOut(7), None) == [], "its block may still arrive damaged"
-    first, commit, done = machine.read_done(offers, REPORT)
-    assert first == decode.Emit((TokenOut(7),), 5, None, None)
-    assert commit == decode.Post(api.ImportDone(SEQ, TokenOut(7)))
-    assert done == decode.SendDone()
+    if not finish_first:
+        assert machine.peer_finished(TokenOut(7), None) == told
+    return machine, offers
+
+
+@pytest.mark.parametrize("finish_first", [False, True])
+def test_the_first_token_waits_for_no_block_and_goes_out_once(finish_first: bool) -> None:
+    machine, offers = receiving(finish_first)
+    assert machine.read_done(offers, REPORT) == [
+        decode.Post(api.ImportDone(SEQ, TokenOut(7))),
+        decode.SendDone(),
+    ]
     again = api.Tokens(SEQ, 5, (TokenOut(7),))
     assert machine.tokens(again) == [decode.Emit((), 6, None, again)]
     second = api.Tokens(SEQ, 6, (TokenOut(8),))
     assert machine.tokens(second) == [decode.Emit((TokenOut(8),), 6, None, second)]
+
+
+@pytest.mark.parametrize("finish_first", [False, True])
+def test_after_a_damaged_block_the_first_token_is_all_that_was_told(finish_first: bool) -> None:
+    machine, offers = receiving(finish_first)
+    failed = machine.read_failed(offers, ChecksumMismatch("one bit"))
+    assert isinstance(failed[0], decode.EmitFailure)
+    assert decode.DropPeer((0,)) in failed
+    assert not any(isinstance(effect, decode.Emit) for effect in failed)
+    assert decode.Post(api.ImportFailed(SEQ, 0)) in failed
 
 
 def test_an_offer_that_was_not_granted_is_a_protocol_error() -> None:
