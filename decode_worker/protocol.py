@@ -6,9 +6,9 @@ With a prefill peer:
                                                 (grant is sent)      (offers are read)
 Alone: LOCAL from the start; the engine reads the prompt itself.
 
-The client gets the first token as soon as the prefill worker tells it, while the last blocks move:
-these are hashed after it was computed from them, so how they arrive says nothing about it. When the
-engine tells that token too, it is dropped.
+The client gets the first token as soon as the prefill worker tells it and there is a place here for
+what follows, while the last blocks move: these are hashed after it was computed from them, so how
+they arrive says nothing about it. When the engine tells that token too, it is dropped.
 
 What can go wrong (peer lost, a read failed, cancelled by the router) or end early (the first token
 finishes the request) leads to WINDING_DOWN, where the attempt is already answered, but the engine's
@@ -210,9 +210,8 @@ class DecodeAttempt:
         if token is None:
             raise ProtocolError("prefill finished without a token")
         self._first_token = token
-        self._first_told = True
         self._move(Input.PEER_FINISHED)
-        return [Emit((token,), self._first_offset, None, None), *self._arrived()]
+        return [*self._tell_first(), *self._arrived()]
 
     def peer_lost(self, error: PdserveError) -> list[Effect]:
         """The peer failed, said no, or broke the protocol, before it had delivered everything."""
@@ -248,7 +247,8 @@ class DecodeAttempt:
         if self.state is State.WINDING_DOWN:
             return self._give_back()
         first = event.first_wanted
-        return [SendGrant(tuple(range(first, first + len(event.blocks)))), *self._arrived()]
+        grant = SendGrant(tuple(range(first, first + len(event.blocks))))
+        return [grant, *self._tell_first(), *self._arrived()]
 
     def tokens(self, event: api.Tokens) -> list[Effect]:
         answered = self.answered
@@ -298,6 +298,13 @@ class DecodeAttempt:
             raise ProtocolError(f"{event.value} in state {self.state.value}")
         self._move(event)
         return effects
+
+    def _tell_first(self) -> list[Effect]:
+        if self.state is not State.RECEIVING or self._first_token is None:
+            return []
+        assert not self._first_told
+        self._first_told = True
+        return [Emit((self._first_token,), self._first_offset, None, None)]
 
     def _arrived(self) -> list[Effect]:
         if self.state is not State.RECEIVING or self._first_token is None:

@@ -17,7 +17,14 @@ import pytest
 from decode_worker import protocol as decode
 from kv_transfer.base import BlockOffer, ReadReport
 from pdserve.engine import api
-from pdserve.errors import Cancelled, ChecksumMismatch, DeadlineExceeded, ProtocolError, WorkerLost
+from pdserve.errors import (
+    Cancelled,
+    ChecksumMismatch,
+    DeadlineExceeded,
+    Overloaded,
+    ProtocolError,
+    WorkerLost,
+)
 from pdserve.types import CachedTokens, FinishReason, TokenOut
 from prefill_worker import protocol as prefill
 
@@ -347,6 +354,19 @@ def test_the_first_token_waits_for_no_block_and_goes_out_once(finish_first: bool
     assert machine.tokens(again) == [decode.Emit((), 6, None, again)]
     second = api.Tokens(SEQ, 6, (TokenOut(8),))
     assert machine.tokens(second) == [decode.Emit((TokenOut(8),), 6, None, second)]
+
+
+def test_no_token_is_told_before_there_is_a_place_for_the_next_one() -> None:
+    """Whoever is refused is refused whole, and goes elsewhere without a stream to wait for."""
+    full, roomy = (decode.DecodeAttempt(SEQ, 5, with_peer=True) for _ in range(2))
+    for machine in (full, roomy):
+        machine.accepted()
+        machine.started()
+        assert machine.peer_finished(TokenOut(7), None) == []
+    refused = full.engine_failed(Overloaded("no place"))
+    assert not any(isinstance(effect, decode.Emit) for effect in refused)
+    reserved = roomy.reserved(api.Reserved(SEQ, 0, (api.BlockId(9),), CachedTokens()))
+    assert reserved == [decode.SendGrant((0,)), decode.Emit((TokenOut(7),), 5, None, None)]
 
 
 @pytest.mark.parametrize("finish_first", [False, True])
