@@ -110,6 +110,11 @@ class RequestDispatcher:
     def shortfalls(self) -> tuple[Shortfall, ...]:
         return self.readiness.judge().shortfalls
 
+    @property
+    def prefill_attempts(self) -> int:
+        """So many hand-offs of a request may fail, each after the prefill worker's one token."""
+        return self._limits.prefill
+
     def servable(self) -> tuple[bool, str]:
         """Whether a request of one token could be placed at this moment."""
         model = self._registry.model()

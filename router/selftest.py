@@ -39,7 +39,7 @@ from router.registry import Registry
 log = logging.getLogger(__name__)
 
 PRINCIPAL = Principal("self-test", b"self-test")
-ANSWER_TOKENS = 2
+ANSWER_TOKENS = 2  # beside those that prefill workers write
 RETRY_S = 2.0
 TIMEOUT_S = 120.0
 
@@ -154,12 +154,13 @@ class SelfTest:
 
     async def _request(self, model: ModelFacts) -> Usage:
         """Sends the request and checks that all of its answer came."""
-        length = max(1, min(2 * model.block_size + 1, model.max_model_len - ANSWER_TOKENS))
+        answer = self._dispatcher.prefill_attempts + ANSWER_TOKENS
+        length = max(1, min(2 * model.block_size + 1, model.max_model_len - answer))
         job = Job(
             request_id=RequestId(f"self-test-{os.urandom(8).hex()}"),
             principal=PRINCIPAL,
             prompt=tuple((7 * place + 1) % model.vocab_size for place in range(length)),
-            sampling=Sampling(max_tokens=ANSWER_TOKENS, temperature=0.0),
+            sampling=Sampling(max_tokens=answer, temperature=0.0),
             deadline=time.monotonic() + TIMEOUT_S,
             salt=os.urandom(16),
         )
