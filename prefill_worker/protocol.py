@@ -126,7 +126,7 @@ class PrefillHandOff:
             self._final[position] = block
         return self._offers()
 
-    def computed(self, event: api.Tokens) -> list[Effect]:
+    def computed(self, event: api.Tokens) -> list[SendFinished]:
         self._move(Input.COMPUTED)
         return [SendFinished(event)]
 

@@ -37,7 +37,6 @@ from pdserve.v1 import kv_pb2, kv_pb2_grpc
 from pdserve.worker.bridge import EngineBridge, SequenceEvent
 from pdserve.worker.wire import submit_from_wire
 from prefill_worker.protocol import (
-    Close,
     Effect,
     Post,
     PrefillHandOff,
@@ -151,6 +150,7 @@ class _Attempt:
 
     def __init__(self, service: PrefillService, submit: api.Submit) -> None:
         self.inbox: asyncio.Queue[_Item] = asyncio.Queue()
+        self._looked_at: _Item | None = None  # taken from the inbox; it is the next one
         self._service = service
         blocks = -(-len(submit.tokens.token_ids) // service._facts().model.block_size)
         moves = submit.sampling.max_tokens - submit.tokens.generated > 1
@@ -179,11 +179,12 @@ class _Attempt:
                     board.hit(Step.PREFILL_START)
                     yield kv_pb2.PrefillToDecode(started=kv_pb2.Started())
                 elif isinstance(effect, SendOffers):
+                    for ahead in self._token_ahead():
+                        yield self._finished(ahead)
                     board.hit(Step.PREFILL_OFFER)
                     yield await self._service.offers(effect)
                 elif isinstance(effect, SendFinished):
-                    board.hit(Step.PREFILL_FINISH)
-                    yield self._finished(effect.tokens)
+                    yield self._finished(effect)
                 elif isinstance(effect, Post):
                     self._service.post(effect.command)
                 else:
@@ -203,8 +204,10 @@ class _Attempt:
         Returns how many of the engine's events lie here that nobody will hear of.
         """
         unheard = 0
+        left = [] if self._looked_at is None else [self._looked_at]
         while not self.inbox.empty():
-            item = self.inbox.get_nowait()
+            left.append(self.inbox.get_nowait())
+        for item in left:
             if isinstance(item, kv_pb2.DecodeToPrefill):
                 self._forget(item.cancel.suspect_blocks)  # none in a message of another kind
             else:
@@ -223,13 +226,23 @@ class _Attempt:
             return self._machine.lost(
                 WorkerLost(f"no message from the decode worker for {self._service.lease_s} s")
             )
-        effects = self._step(item)
-        while not self.inbox.empty() and not any(isinstance(one, Close) for one in effects):
-            effects += self._step(self.inbox.get_nowait())
-        # The first token need not wait for the checksums of the blocks that it came with.
-        return sorted(effects, key=lambda effect: isinstance(effect, SendOffers))
+        return self._step(item)
+
+    def _token_ahead(self) -> list[SendFinished]:
+        """The token that came with the blocks that are to be offered, if it did: it need not wait
+        for their checksums. Nothing else is taken out of turn, so that no step is begun before all
+        that the one before it asks for is done."""
+        if self._looked_at is None and not self.inbox.empty():
+            self._looked_at = self.inbox.get_nowait()
+        if not isinstance(self._looked_at, api.Tokens):
+            return []
+        tokens, self._looked_at = self._looked_at, None
+        return self._machine.computed(tokens)
 
     async def _next_item(self, timeout_s: float) -> _Item | None:
+        if self._looked_at is not None:
+            item, self._looked_at = self._looked_at, None
+            return item
         try:
             return await asyncio.wait_for(self.inbox.get(), max(0.0, timeout_s))
         except TimeoutError:
@@ -246,7 +259,7 @@ class _Attempt:
         if isinstance(item, api.BlocksReady):
             return machine.blocks(item)
         if isinstance(item, api.Tokens):
-            return machine.computed(item)
+            return [*machine.computed(item)]
         if isinstance(item, api.Failed):
             return machine.failed(item.error)
         raise ProtocolError(f"a prefill attempt got {type(item).__name__}")
@@ -272,7 +285,9 @@ class _Attempt:
             logger.warning("hand-off %s: %d suspect blocks", self._machine.seq.hex(), len(keys))
             self._service.post(api.Forget(keys))
 
-    def _finished(self, event: api.Tokens) -> kv_pb2.PrefillToDecode:
+    def _finished(self, effect: SendFinished) -> kv_pb2.PrefillToDecode:
+        board.hit(Step.PREFILL_FINISH)
+        event = effect.tokens
         finished = kv_pb2.PrefillFinished(
             finish_reason=convert.finish_reason_to_proto(event.finish),
             cached_tokens=convert.cached_tokens_to_proto(event.cached),

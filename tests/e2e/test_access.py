@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import secrets
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,25 +61,8 @@ def locked(clusters: Clusters, folder: Path) -> Iterator[Cluster]:
         {"name": "locked", "state_dir": str(folder / "state")},
     )
     cluster = start_cluster(config, ray=clusters.ray)
-    try:
-        # A request that comes before the prefill worker is heard is read where it is answered.
-        wait_whole(cluster)
-        yield cluster
-    finally:
-        cluster.stop(drain_s=0.5)
-
-
-def wait_whole(cluster: Cluster) -> None:
-    asked = urllib.request.Request(f"{cluster.http.url}/workers")
-    asked.add_header("Authorization", f"Bearer {KEYS[0]}")
-    end = time.monotonic() + 60
-    while True:
-        with urllib.request.urlopen(asked, timeout=10) as answer:
-            states = [worker["state"] for worker in json.load(answer)["workers"]]
-        if states == ["ready", "ready"]:
-            return
-        assert time.monotonic() < end, states
-        time.sleep(0.05)
+    yield cluster
+    cluster.stop(drain_s=0.5)
 
 
 def ask(cluster: Cluster, key: str, prompt: tuple[int, ...]) -> pb.Usage:
@@ -97,7 +77,8 @@ def ask(cluster: Cluster, key: str, prompt: tuple[int, ...]) -> pb.Usage:
 
 
 def test_with_mutual_tls_everywhere_a_request_goes_the_whole_way(locked: Cluster) -> None:
-    usage = ask(locked, KEYS[0], tuple(range(10, 10 + 3 * BLOCK)))
+    # Not whole blocks alone: those may be in Redis before the decode worker looks there.
+    usage = ask(locked, KEYS[0], tuple(range(10, 10 + 3 * BLOCK + 1)))
     assert usage.prefill_worker
     assert usage.decode_worker
     assert usage.kv_bytes_transferred > 0

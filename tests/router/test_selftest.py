@@ -40,7 +40,10 @@ def test_not_ready_before_the_test_and_ready_after_it() -> None:
                 (start,) = worker.starts
                 assert start.prefill.worker_id == "p0", "handed over, though the prompt is short"
                 assert len(start.tokens.token_ids) == 2 * BLOCK + 1
-                assert start.sampling.max_tokens == 2, "the second token needs the moved KV"
+                given = made.dispatcher.prefill_attempts
+                more = start.sampling.max_tokens - given
+                assert given == 2
+                assert more == 2, "not all may come from prefill workers: the rest needs moved KV"
 
     drive(story)
 
