@@ -141,8 +141,9 @@ class HandOff:
     async def _run(self) -> None:
         context: Any = None
         try:
-            async for message in self.service.Run(self._requests(), context):
-                await self._heard.put(message)
+            async with contextlib.aclosing(self.service.Run(self._requests(), context)) as stream:
+                async for message in stream:
+                    await self._heard.put(message)
         except PdserveError as error:
             self.ended = error
         await self._heard.put(None)
