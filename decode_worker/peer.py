@@ -19,6 +19,7 @@ from pdserve.rpc.status import from_rpc_error
 from pdserve.v1 import kv_pb2, kv_pb2_grpc
 
 FAREWELL_S = 2.0
+_BROKEN = (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.CONNECTING)
 
 
 class PrefillPeer:
@@ -87,6 +88,7 @@ class PeerStubs:
         self._identity = identity
         self._max_message_bytes = max_message_bytes
         self._channels: dict[str, grpc.aio.Channel] = {}
+        self._closing: set[asyncio.Task[None]] = set()
 
     def stub(self, address: str) -> kv_pb2_grpc.PrefillStub:
         channel = self._channels.get(address)
@@ -97,7 +99,18 @@ class PeerStubs:
             self._channels[address] = channel
         return kv_pb2_grpc.PrefillStub(channel)
 
+    def renew(self) -> None:
+        """Whoever could not be reached is dialled anew by the next call, which would fail until the
+        pause between two tries is over. For a moment when the network may be back."""
+        for address, channel in list(self._channels.items()):
+            if channel.get_state() in _BROKEN:
+                del self._channels[address]
+                task = asyncio.get_running_loop().create_task(channel.close())
+                self._closing.add(task)
+                task.add_done_callback(self._closing.discard)
+
     async def close(self) -> None:
         for channel in self._channels.values():
             await channel.close()
         self._channels.clear()
+        await asyncio.gather(*self._closing)

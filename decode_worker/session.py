@@ -52,6 +52,8 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         request_iterator: AsyncIterator[worker_pb2.RouterToDecode],
         context: grpc.aio.ServicerContext,
     ) -> AsyncIterator[worker_pb2.DecodeToRouter]:
+        # This router may be one that could not reach us, as we could not reach prefill workers.
+        self._services.stubs.renew()
         session = _Session(self._services, self._draining)
         self._sessions.add(session)
         reader = asyncio.create_task(session.read(request_iterator))

@@ -1,0 +1,61 @@
+"""A prefill worker that could not be reached is reached at once when the network is back."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import socket
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from decode_worker.peer import PeerStubs, PrefillPeer
+from pdserve.errors import PdserveError
+from pdserve.rpc.channels import bind, make_server
+from pdserve.rpc.identity import Caller, mint
+from pdserve.v1 import kv_pb2, kv_pb2_grpc
+
+TOKEN = secrets.token_hex(16)
+
+
+class Prefill(kv_pb2_grpc.PrefillServicer):
+    async def Run(self, requests: Any, context: Any) -> AsyncIterator[kv_pb2.PrefillToDecode]:
+        yield kv_pb2.PrefillToDecode(started=kv_pb2.Started())
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+async def called(stubs: PeerStubs, address: str) -> list[str | None]:
+    peer = PrefillPeer(stubs.stub(address), kv_pb2.StartPrefill(), 1.0)
+    try:
+        return [message.WhichOneof("message") async for message in peer.messages()]
+    finally:
+        peer.drop()
+
+
+def test_who_could_not_be_reached_is_dialled_anew() -> None:
+    async def story() -> None:
+        stubs = PeerStubs(mint(TOKEN, Caller.DECODE), 2**20)
+        port = free_port()
+        address = f"127.0.0.1:{port}"
+        # Several times, so that the pause between two tries has grown.
+        for _ in range(12):
+            with pytest.raises(PdserveError):
+                await called(stubs, address)
+            await asyncio.sleep(0.25)
+        server = make_server(mint(TOKEN, Caller.PREFILL))
+        kv_pb2_grpc.add_PrefillServicer_to_server(Prefill(), server)
+        bind(server, address)
+        await server.start()
+        stubs.renew()  # without it this call fails as well, unless a try falls into this moment
+        assert await called(stubs, address) == ["started"]
+        stubs.renew()  # leaves alone what works
+        assert await called(stubs, address) == ["started"]
+        await stubs.close()
+        await server.stop(0)
+
+    asyncio.run(story())
