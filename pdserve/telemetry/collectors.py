@@ -79,11 +79,20 @@ class WorkerCollector(Collector):
             "What came to a worker after its attempt was over, dropped: of its engine, KV reads.",
             labels=("model_name", "engine", "kind"),
         )
-        for worker in workers:
-            load, engine = worker.load, worker.facts.id
-            family.add_metric((self._model, engine, "event"), load.late_events)
-            family.add_metric((self._model, engine, "kv_read"), load.late_kv_reads)
+        self._fill(
+            family, workers, lambda load: {"event": load.late_events, "kv_read": load.late_kv_reads}
+        )
         return family
+
+    def _fill(
+        self,
+        family: CounterMetricFamily | GaugeMetricFamily,
+        workers: Sequence[WorkerLike],
+        read: Callable[[Load], Mapping[str, int]],
+    ) -> None:
+        for worker in workers:
+            for kind, count in read(worker.load).items():
+                family.add_metric((self._model, worker.facts.id, kind), count)
 
     def _by_state(self, workers: Sequence[WorkerLike]) -> Metric:
         """Every combination has a series, so that a worker that went away reads as 0."""
@@ -102,14 +111,15 @@ class WorkerCollector(Collector):
             "KV blocks of a worker.",
             labels=("model_name", "engine", "kind"),
         )
-        for worker in workers:
-            load = worker.load
-            for kind, count in (
-                ("used", load.blocks_used),
-                ("cached", load.blocks_cached),
-                ("total", load.blocks_total),
-            ):
-                family.add_metric((self._model, worker.facts.id, kind), count)
+        self._fill(
+            family,
+            workers,
+            lambda load: {
+                "used": load.blocks_used,
+                "cached": load.blocks_cached,
+                "total": load.blocks_total,
+            },
+        )
         return family
 
 

@@ -354,11 +354,13 @@ def test_ipv6_addresses_work() -> None:
         pytest.skip("this machine has no IPv6")
     publisher.publish([stored(0)])
 
+    index = PrefixIndex()
+
     async def story() -> None:
-        index = PrefixIndex()
         async with following(publisher, index) as subscriber:
             await subscriber.wait_live()
             await until(lambda: index.keys == 1)
 
     run(story)
     publisher.close()
+    assert index.keys == 1

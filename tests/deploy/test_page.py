@@ -351,6 +351,8 @@ def test_a_router_that_does_not_answer_is_said_not_to(browser: Browser, cluster:
     os.kill(cluster.router_pid, signal.SIGSTOP)
     try:
         browser.until(lambda: "No answer from the router" in browser.text("#notice"))
+        assert browser.run("return document.body.classList.contains('stale')")
     finally:
         os.kill(cluster.router_pid, signal.SIGCONT)
     browser.until(lambda: browser.text("#notice") == "")
+    assert not browser.run("return document.body.classList.contains('stale')")

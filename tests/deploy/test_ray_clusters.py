@@ -27,8 +27,11 @@ def read(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", LAUNCHED)
 def test_ray_takes_the_file(name: str) -> None:
     schema = json.loads(files("ray.autoscaler").joinpath("ray-schema.json").read_text())
-    jsonschema.validate(read(name), schema)
-    validate_config(prepare_config(read(name)))
+    wrong = jsonschema.Draft7Validator(schema).iter_errors(read(name))
+    assert [error.message for error in wrong] == []
+    prepared = prepare_config(read(name))
+    validate_config(prepared)
+    assert prepared["cluster_name"] == read(name)["cluster_name"]
 
 
 @pytest.mark.parametrize("name", LAUNCHED)

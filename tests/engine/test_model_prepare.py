@@ -219,7 +219,8 @@ def test_a_folder_is_itself(tmp_path: Path) -> None:
 
 def test_finding_a_ready_model_needs_no_torch(smollm2: Path) -> None:
     code = PREPARE + "\nassert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
-    subprocess.run([sys.executable, "-c", code, str(smollm2.parent)], check=True)
+    done = subprocess.run([sys.executable, "-c", code, str(smollm2.parent)], check=False)
+    assert done.returncode == 0
 
 
 def test_dtypes() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -26,6 +27,7 @@ from kv_peer import (
 )
 
 from decode_worker import reads
+from decode_worker.peer import PeerStubs
 from decode_worker.session import DecodeService
 from kv_transfer.base import BlockReader
 from kv_transfer.pooled_reader import PooledReader
@@ -33,8 +35,10 @@ from kv_transfer.readers import ReaderPool
 from pdserve.config import TransferConfig
 from pdserve.engine.memory import PoolMemory
 from pdserve.errors import DeadlineExceeded, StaleBlock, TransferError
+from pdserve.rpc.identity import Caller, mint
 from pdserve.types import Incarnation, Transport
 from pdserve.v1 import worker_pb2
+from pdserve.worker.bridge import EngineBridge
 
 WAITING = 6
 TRANSPORTS = {"shm": Transport.SHM, "tcp": Transport.TCP, "slots": Transport.NCCL}
@@ -150,7 +154,10 @@ class Told:
     def __init__(self, peer_lost: Any) -> None:
         self.messages: asyncio.Queue[worker_pb2.RouterToDecode] = asyncio.Queue()
         facts = SimpleNamespace(incarnation=Incarnation(b"d" * 16))
-        services: Any = SimpleNamespace(facts=facts, peer_lost=peer_lost)
+        stubs = PeerStubs(mint(TOKEN, Caller.DECODE), 2**20)
+        services: Any = SimpleNamespace(
+            facts=facts, peer_lost=peer_lost, stubs=stubs, bridge=EngineBridge()
+        )
         service = DecodeService(services, 60.0, lambda: False)
         context: Any = None
         self._stream = service.Session(self._requests(), context)
@@ -160,12 +167,24 @@ class Told:
             yield await self.messages.get()
 
     async def run(self) -> None:
-        async for _ in self._stream:
-            pass
+        async with contextlib.aclosing(self._stream) as stream:
+            async for _ in stream:
+                pass
 
     def gone(self, peer: Peer) -> None:
         gone = worker_pb2.PeerGone(incarnation=peer.endpoint.incarnation)
         self.messages.put_nowait(worker_pb2.RouterToDecode(peer_gone=gone))
+
+
+def closing() -> list[str]:
+    return [one.name for one in threading.enumerate() if one.name.startswith("kv-close")]
+
+
+async def ended_well(session: asyncio.Task[None]) -> None:
+    """Until now it ran; what else it may have died of is raised."""
+    session.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await session
 
 
 def test_the_routers_word_ends_reads_and_holds_up_no_other_peer(
@@ -196,7 +215,7 @@ def test_the_routers_word_ends_reads_and_holds_up_no_other_peer(
         await threads.read(to_other, (offer,), (7,), time.monotonic() + 5)
         assert time.monotonic() - began < 3
         np.testing.assert_array_equal(all_bytes(pool)[7], other.expected(7))
-        session.cancel()
+        await ended_well(session)
         threads.end_reads()
         threads.close()
 
@@ -228,13 +247,16 @@ def test_closing_one_peer_holds_up_the_end_of_no_other(
         told.gone(second)
         assert await asyncio.to_thread(eventually, lambda: not to_second.is_open)
         assert to_first.is_open
+        assert len(closing()) == 1, "the one that still closes"
         with pytest.raises(StaleBlock):
             await threads.open(first.endpoint)
         with pytest.raises(TransferError):
             await threads.read(to_first, tuple(first.offers([1])), (1,), time.monotonic() + 5)
         may_close.set()
         assert await asyncio.to_thread(eventually, lambda: not to_first.is_open)
-        session.cancel()
+        # Each closing had a thread of its own, and it ended with it.
+        assert await asyncio.to_thread(eventually, lambda: closing() == [])
+        await ended_well(session)
         threads.end_reads()
         threads.close()
 

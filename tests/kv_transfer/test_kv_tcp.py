@@ -181,6 +181,7 @@ def test_an_authenticated_peer_can_ask_for_nothing_that_is_not_there(
 ) -> None:
     channel = session.connect(peer.endpoint, FINGERPRINT, TOKEN, time.monotonic() + 3)
     deadline = time.monotonic() + 5
+    before = peer.call("stats").stale_reads
     for request, code in [
         (wire.Read(1000, (24,), (0,)), Code.RANGE),
         (wire.Read(1000, (0, 2**32 - 1), (0, 0)), Code.RANGE),
@@ -193,6 +194,7 @@ def test_an_authenticated_peer_can_ask_for_nothing_that_is_not_there(
         assert isinstance(status, Status)
         assert status.code is code
         assert status.position == max(0, len(request.blocks) - 1)
+    assert peer.call("stats").stale_reads == before + 2, "what was asked for too late is counted"
     channel.send(wire.SlotRead(1, (0,), (0,)), deadline)  # no link was opened
     assert channel.receive(deadline) == Status(Code.BAD_FRAME)
     channel.close()

@@ -12,37 +12,11 @@ import prefill_worker.service as service
 from kv_transfer.base import BlockOffer, Endpoint
 from pdserve.engine import api
 from pdserve.errors import PdserveError
-from pdserve.types import (
-    PROTOCOL_VERSION,
-    Fingerprint,
-    Incarnation,
-    ModelFacts,
-    Numerics,
-    Role,
-    WorkerFacts,
-    WorkerId,
-)
+from pdserve.types import PROTOCOL_VERSION
 from pdserve.v1 import kv_pb2
 from pdserve.worker.bridge import EngineBridge
+from tests.prefill_facts import PREFILL_FACTS as FACTS
 
-FACTS = WorkerFacts(
-    id=WorkerId("p0"),
-    incarnation=Incarnation(b"p" * 16),
-    role=Role.PREFILL,
-    pid=1,
-    node="here",
-    address="127.0.0.1:1",
-    model=ModelFacts(
-        path="/model",
-        max_model_len=64,
-        vocab_size=100,
-        block_size=4,
-        dtype="float32",
-        numerics=Numerics.EXACT,
-        fingerprint=Fingerprint(b"f" * 32),
-    ),
-    blocks_total=10,
-)
 SEQ = api.SeqId(b"a" * 16)
 KEYS = (api.BlockKey(b"j" * 16), api.BlockKey(b"k" * 16))
 START = kv_pb2.StartPrefill(

@@ -30,7 +30,7 @@ def stand_still() -> None:
     time.sleep(2 * LEASE_S)
 
 
-async def read_at_once() -> None:
+async def read_at_once() -> list[api.BlockKey]:
     async with HandOff() as it:
         assert await it.hear() == "accepted"
         it.say(denouncing(1))
@@ -38,9 +38,10 @@ async def read_at_once() -> None:
         assert isinstance(it.ended, Cancelled)
         assert it.forgotten() == [KEYS[1]]
         assert it.gave_back()
+        return it.forgotten()
 
 
-async def hashing_when_it_came() -> None:
+async def hashing_when_it_came() -> list[api.BlockKey]:
     """It waits in the inbox while offers are made, and the peer cuts the call off."""
     async with HandOff() as it:
         assert await it.hear() == "accepted"
@@ -57,9 +58,10 @@ async def hashing_when_it_came() -> None:
         await it.hang_up()
         assert it.forgotten() == list(KEYS)
         assert it.gave_back()
+        return it.forgotten()
 
 
-async def failed_before_it_was_read() -> None:
+async def failed_before_it_was_read() -> list[api.BlockKey]:
     """The engine's failure stands before it in the line, and ends the stream."""
     async with HandOff() as it:
         it.happens(ADMITTED, api.Failed(SEQ, DeadlineExceeded("too late")))
@@ -71,9 +73,10 @@ async def failed_before_it_was_read() -> None:
         assert isinstance(it.ended, DeadlineExceeded)
         assert it.forgotten() == [KEYS[1]]
         assert it.bridge.late_events == 1, "blocks of a sequence that had failed"
+        return it.forgotten()
 
 
-async def read_after_a_standstill() -> None:
+async def read_after_a_standstill() -> list[api.BlockKey]:
     """This process stood still for longer than the lease: the peer was not silent."""
     async with HandOff(LEASE_S) as it:
         it.happens(ADMITTED)
@@ -84,6 +87,7 @@ async def read_after_a_standstill() -> None:
         assert [await it.hear() for _ in range(3)] == ["accepted", "started", ""]
         assert isinstance(it.ended, Cancelled)
         assert it.forgotten() == [KEYS[1]]
+        return it.forgotten()
 
 
 @pytest.mark.parametrize(
@@ -91,8 +95,10 @@ async def read_after_a_standstill() -> None:
     [read_at_once, hashing_when_it_came, failed_before_it_was_read, read_after_a_standstill],
     ids=lambda story: story.__name__,
 )
-def test_denounced_blocks_are_forgotten(story: Callable[[], Coroutine[None, None, None]]) -> None:
-    asyncio.run(story())
+def test_denounced_blocks_are_forgotten(
+    story: Callable[[], Coroutine[None, None, list[api.BlockKey]]],
+) -> None:
+    assert KEYS[1] in asyncio.run(asyncio.wait_for(story(), 30))
 
 
 def test_a_silent_peer_denounces_nothing() -> None:

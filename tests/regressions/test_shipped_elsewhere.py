@@ -27,19 +27,15 @@ from pdserve.types import (
     BlockKey,
     Fingerprint,
     Incarnation,
-    ModelFacts,
-    Numerics,
-    Role,
     Tier,
     TokenOut,
-    WorkerFacts,
-    WorkerId,
 )
 from pdserve.v1 import kv_pb2
 from prefill_worker import protocol as prefill
 from prefill_worker.service import start_to_submit
 from router.chat import ChatTemplate
 from tests.engine.engine_world import World, prompt
+from tests.prefill_facts import PREFILL_FACTS
 
 GONE = Cancelled("the client went away")
 
@@ -167,32 +163,14 @@ def test_a_duplicate_id_ends_the_scheduler(job: api.Job) -> None:
 
 def test_a_layout_mismatch_makes_the_client_wait_for_ever() -> None:
     """It is refused by the first message, with its own type, before anything is queued."""
-    facts = WorkerFacts(
-        id=WorkerId("p0"),
-        incarnation=Incarnation(b"p" * 16),
-        role=Role.PREFILL,
-        pid=1,
-        node="here",
-        address="127.0.0.1:1",
-        model=ModelFacts(
-            path="/model",
-            max_model_len=64,
-            vocab_size=100,
-            block_size=4,
-            dtype="float32",
-            numerics=Numerics.EXACT,
-            fingerprint=Fingerprint(b"f" * 32),
-        ),
-        blocks_total=10,
-    )
     start = kv_pb2.StartPrefill(
         attempt_id=b"a" * 16,
         protocol_version=PROTOCOL_VERSION,
-        expected_incarnation=facts.incarnation,
+        expected_incarnation=PREFILL_FACTS.incarnation,
         layout_fingerprint=b"another layout, of as many bytes"[:32],
     )
     with pytest.raises(LayoutMismatch):
-        start_to_submit(start, facts)
+        start_to_submit(start, PREFILL_FACTS)
 
 
 def test_errors_of_redis_count_as_success_and_the_breaker_never_opens(tmp_path: Path) -> None:

@@ -13,12 +13,14 @@ PROMPT = (1, 2, 3, 4, 5)
 
 
 def test_an_idle_session_says_that_the_router_lives() -> None:
+    worker = ScriptedWorker("d0")
+
     async def story() -> None:
-        worker = ScriptedWorker("d0")
         async with cluster(worker):
             await until(lambda: worker.keep_alives >= 3)
 
     drive(story)
+    assert worker.starts == [], "it is said without any attempt"
 
 
 def test_a_session_that_broke_is_opened_again() -> None:

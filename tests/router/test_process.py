@@ -90,7 +90,8 @@ def test_the_router_never_imports_torch_ray_or_the_workers_rooms() -> None:
         "loaded = bad & {name.partition('.')[0] for name in sys.modules}\n"
         "assert not loaded, loaded\n"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], check=False, timeout=60)
+    assert done.returncode == 0
 
 
 class RouterProcess:

@@ -22,15 +22,17 @@ def late_token(start: worker_pb2.StartAttempt) -> worker_pb2.AttemptEvent:
     )
 
 
-async def a_late_token() -> None:
+async def a_late_token() -> int:
+    """How many events were dropped for being late."""
     worker = ScriptedWorker("d0", scripts=[[Write(3), Raw(late_token)]])
     async with cluster(worker) as made:
         deltas = await collect(made, job(prompt=PROMPT, tokens=8))
         assert tokens(deltas) == answer(PROMPT, 8)
+        return made.dispatcher.counters.late_events
 
 
 def test_attempt_fence() -> None:
-    drive(a_late_token)
+    assert drive(a_late_token) == 1, "it was counted"
 
 
 def test_without_the_attempt_fence_the_past_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,16 +49,20 @@ def test_without_the_attempt_fence_the_past_is_streamed(monkeypatch: pytest.Monk
         drive(a_late_token)
 
 
-async def a_repeat_and_a_gap() -> None:
+async def a_repeat_and_a_gap() -> int:
+    """How many of the two were found to break the protocol."""
+    found = 0
     for shift in (-1, 1):
         worker = ScriptedWorker("d0", scripts=[[Write(3), Shift(shift)]])
         async with cluster(worker) as made:
             deltas = await collect(made, job(prompt=PROMPT, tokens=8))
             assert tokens(deltas) == answer(PROMPT, 8)
+            found += made.dispatcher.counters.protocol_errors
+    return found
 
 
 def test_continuity_of_offsets() -> None:
-    drive(a_repeat_and_a_gap)
+    assert drive(a_repeat_and_a_gap) == 2
 
 
 def test_without_continuity_tokens_repeat_or_lack(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -233,8 +233,10 @@ def test_a_cancelled_stream_closes_the_handlers_generator() -> None:
             stream = channel.unary_stream(US)(b"forever")
             async for _ in stream:
                 break
+            assert not service.closed.is_set()
             stream.cancel()
             await asyncio.wait_for(service.closed.wait(), 5)
+            assert service.closed.is_set()
 
     run(story)
 
