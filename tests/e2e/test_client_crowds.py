@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from statistics import mean
 from typing import Any
 
 import grpc
@@ -38,8 +39,10 @@ pytestmark = pytest.mark.cluster
 
 IS_LONG = os.environ.get("PDSERVE_LONG") == "1"
 STREAMS = 1000 if IS_LONG else 200
-OVERLOAD_S = 180.0 if IS_LONG else 20.0
-PEAK_S = 20.0 if IS_LONG else 8.0
+# In turns, since what a shared machine can do drifts from one stretch to the next.
+TURNS = 1 if IS_LONG else 3
+OVERLOAD_S = 180.0 if IS_LONG else 10.0
+PEAK_S = 20.0 if IS_LONG else 6.0
 PLACES = 16
 # Long enough that asking costs little beside answering: both share the cores.
 LENGTH = 256
@@ -146,7 +149,7 @@ class Tally:
     """What came of requests that were sent in one stretch of time."""
 
     ends: Counter[str] = field(default_factory=Counter)
-    answered: list[float] = field(default_factory=list)  # moments of time.monotonic()
+    answered: list[tuple[float, float]] = field(default_factory=list)  # from, to: time.monotonic()
     late: list[float] = field(default_factory=list)  # seconds from asking to a refusal
 
     async def one(self, client: AsyncClient, prompt: tuple[int, ...]) -> None:
@@ -154,14 +157,22 @@ class Tally:
         try:
             await client.generate(prompt, max_tokens=LENGTH, temperature=0.0, ignore_eos=True)
             self.ends["answered"] += 1
-            self.answered.append(time.monotonic())
+            self.answered.append((began, time.monotonic()))
         except Overloaded as error:
             self.late.append(time.monotonic() - began)
             self.ends["refused" if error.retry_after_s else "refused without a hint"] += 1
 
     def rate(self, since: float, until: float) -> float:
-        """Answers a second between two moments."""
-        return sum(since <= moment < until for moment in self.answered) / (until - since)
+        """Answers a second between two moments; each counts by the part of it that lies there.
+
+        Requests that began together end together, so whole answers would count by the wave: of 8 s
+        and waves of 1.8 s either 4 or 5.
+        """
+        parts = (
+            max(0.0, min(until, end) - max(since, began)) / (end - began)
+            for began, end in self.answered
+        )
+        return sum(parts) / (until - since)
 
 
 # The first answers come together and late; what counts is how it goes on.
@@ -213,18 +224,27 @@ def test_four_times_the_load_is_refused_quickly_and_served_nearly_as_before(
     address = cluster.cluster.addresses.grpc
     pid = cluster.cluster.router_pid
     with all_given_back(cluster):
-        peak = asyncio.run(closed_loop(address, PEAK_S))
+        peaks = [asyncio.run(closed_loop(address, PEAK_S))]
         before, counted = rss_bytes(pid), refusals(cluster)
-        tally, goodput = asyncio.run(open_loop(address, 4 * peak, OVERLOAD_S))
-        grown = rss_bytes(pid) - before
+        goodputs, grown = [], 0
+        ends: Counter[str] = Counter()
+        late: list[float] = []
+        for _ in range(TURNS):
+            tally, rate = asyncio.run(open_loop(address, 4 * peaks[-1], OVERLOAD_S))
+            goodputs.append(rate)
+            ends += tally.ends
+            late += tally.late
+            grown = max(grown, rss_bytes(pid) - before)
+            peaks.append(asyncio.run(closed_loop(address, PEAK_S)))
         after = refusals(cluster)
         within = {le: after[le] - counted[le] for le in after}
-        client_p99 = sorted(tally.late)[int(len(tally.late) * 0.99)]
-        print(f"peak {peak:.1f}/s, goodput {goodput:.1f}/s, {dict(tally.ends)}")
+        client_p99 = sorted(late)[int(len(late) * 0.99)]
+        peak, goodput = mean(peaks), mean(goodputs)
+        print(f"peaks {peaks}, goodputs {goodputs} a second: {goodput / peak:.2f}; {dict(ends)}")
         print(f"refusals by le: {within}; p99 at the client {1000 * client_p99:.1f} ms")
         print(f"the router grew by {grown / 2**20:.1f} MiB")
-        assert set(tally.ends) == {"answered", "refused"}
-        assert tally.ends["refused"] > tally.ends["answered"]
+        assert set(ends) == {"answered", "refused"}
+        assert ends["refused"] > ends["answered"]
         assert within["0.05"] >= 0.99 * within["+Inf"] > 0
         assert goodput >= 0.8 * peak
         assert grown < GROWTH_BYTES
