@@ -12,6 +12,8 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 from pdserve.cli.options import find_fronts
@@ -38,6 +40,22 @@ def _can_redraw() -> bool:
     return sys.stdout.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
 
 
+@dataclass(slots=True)
+class _Interrupts:
+    """Ctrl-C and SIGTERM, remembered: Python drops an exception that a signal raises while an
+    object is finalized (``__del__``), and the user would have to ask again."""
+
+    told: bool = False
+
+    def listen(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._tell)
+
+    def _tell(self, number: int, frame: FrameType | None) -> None:
+        self.told = True
+        raise KeyboardInterrupt
+
+
 def _watch(access: Access) -> None:
     """Until Ctrl-C. WorkerLost when the router does not answer the first time."""
     # Imported here: one table needs no rich.
@@ -49,11 +67,11 @@ def _watch(access: Access) -> None:
 
     now, trouble = snapshot.fetch(access), ""
     console = Console()
-    # Told to end in another way, the cursor must come back too.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupts = _Interrupts()
+    interrupts.listen()
     try:
         with Live(picture(now, console.width), console=console, auto_refresh=False) as screen:
-            while True:
+            while not interrupts.told:
                 time.sleep(_INTERVAL_S)
                 try:
                     now, trouble = snapshot.fetch(access), ""

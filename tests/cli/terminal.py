@@ -72,9 +72,13 @@ class Terminal:
         os.write(self._fd, data)
 
     def wait_end(self, seconds: float = 10.0) -> int:
-        """Its exit status; the terminal must be as it was."""
-        status = self.process.wait(seconds)
-        raw = self.raw
+        """Its exit status; the terminal must be as it was. What it writes meanwhile is read."""
+        limit = time.monotonic() + seconds
+        while self.process.poll() is None:
+            drawn = self.raw
+            assert time.monotonic() < limit, drawn[-4000:]
+            time.sleep(0.02)
+        status, raw = self.process.returncode, self.raw
         assert raw.rfind("\x1b[?25h") >= raw.rfind("\x1b[?25l"), "the cursor stays hidden"
         assert _ESCAPE.sub("", raw).endswith("\n"), "the shell's prompt would not begin a line"
         assert termios.tcgetattr(self._fd)[_LOCAL_FLAGS] == self._flags, "keys are read otherwise"
