@@ -90,7 +90,7 @@ def test_random_jobs_agree_with_what_was_written(
             reads.append((world.start_read(keys, block), keys, block))
         elif action == 17:
             world.manager.forget(draw.sample(keys, 1))
-        elif action == 18 and not 100 <= turn < 150:
+        elif action == 18 and not 100 < turn <= 150:  # it would rightly raise
             world.manager.clear([draw.choice([H, R])])
         block += len(keys)
         if turn == 100:
