@@ -27,7 +27,7 @@ MEASUREMENTS = {
     "added": "what the way through the cluster adds to the bare engine",
     "router_alone": "the router over workers that answer at once, beside sglang-router",
     "cached_prefix": "first token with a cached prefix, from each tier, beside recomputing it",
-    "mixed_load": "long prompts among running streams: two roles beside one mixed worker",
+    "mixed_load": "long prompts among running streams: two roles, one mixed worker, vLLM",
     "load": "pdserve bench on a live cluster: latency against rate, a trace, one timeline",
     "growth": "how steps, the router, the prefix index and hand-offs grow",
 }

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import os
 import secrets
 import tempfile
 import time
@@ -22,7 +21,6 @@ import numpy as np
 
 from pdserve.client.aio import AsyncClient
 from pdserve.client.types import Chunk
-from pdserve.cluster.ray_node import LOCAL, RayNode, start_ray
 from pdserve.cluster.supervisor import Cluster, start_cluster
 from pdserve.config import Config
 from pdserve.config_load import load_config
@@ -85,19 +83,7 @@ class Live:
 
 
 @contextlib.contextmanager
-def one_ray() -> Iterator[RayNode]:
-    """For several clusters at once: a process can be connected to one Ray alone."""
-    with tempfile.TemporaryDirectory(prefix="pds-b") as folder:
-        threads = len(os.sched_getaffinity(0))
-        node = start_ray(LOCAL, Path(folder) / "ray", f"bench:{secrets.token_hex(8)}", threads)
-        try:
-            yield node
-        finally:
-            node.stop()
-
-
-@contextlib.contextmanager
-def running_cluster(*changes: str, ray: RayNode | None = None, **pools: int) -> Iterator[Live]:
+def running_cluster(*changes: str, **pools: int) -> Iterator[Live]:
     with tempfile.TemporaryDirectory(prefix="pdserve-bench-") as folder:
         token = secrets.token_hex(16)
         token_file = Path(folder) / "token"
@@ -108,7 +94,7 @@ def running_cluster(*changes: str, ray: RayNode | None = None, **pools: int) -> 
             f"state_dir={folder}/state",
             f"security.cluster_token_file={token_file}",
         ]
-        cluster = start_cluster(settings(*own, *changes, **pools), ray=ray)
+        cluster = start_cluster(settings(*own, *changes, **pools))
         try:
             yield Live(cluster, token)
         finally:

@@ -3,6 +3,8 @@
     writer thread:  pinned blocks -> host tier, and one copy aside for Redis -> Unpin
     sender thread:  copies aside -> what Redis lacks -> Redis
 
+Blocks that a peer handed over go to the host tier alone: the peer computed them and writes them to
+Redis, where all workers find them. Should it fail to, a later reader misses them.
 No block stays pinned while bytes travel. Both threads work strictly in order, so a forget or a
 clear that comes after a write-back acts after it. What does not fit (too many blocks pinned, too
 many bytes aside) is dropped, newest first, and counted: a tier is never worth a wait.
@@ -183,7 +185,8 @@ class WritePath:
             views = [self._span(block) for block in job.blocks]
             if self._host is not None:
                 self._host.put(job.keys, views)
-            aside = self._set_aside(job.keys, views)
+            if not job.from_peer:
+                aside = self._set_aside(job.keys, views)
         finally:
             # From here on no byte of the blocks is read.
             self._unpinned(job)

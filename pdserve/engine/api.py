@@ -227,6 +227,8 @@ class WriteBack:
     ticket: PinTicket
     keys: tuple[BlockKey, ...]
     blocks: tuple[BlockId, ...]
+    # Handed over by a peer, which computed them and writes them to what all workers share.
+    from_peer: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from pdserve.engine.api import (
     TierRead,
     Tokens,
 )
-from pdserve.engine.kv_book import KvBook
+from pdserve.engine.kv_book import KvBook, Origin
 from pdserve.engine.limits import Limits, finish_reason
 from pdserve.engine.queues import OrderedQueue
 from pdserve.engine.sequence import Lender, Sequence
@@ -136,7 +136,7 @@ class Board:
         size = self.limits.block_size
         valid_blocks = seq.trusted(valid_blocks)
         seq.computed = valid_blocks * size
-        self.kv.commit(seq, min(valid_blocks, self.kv.cacheable(seq)))
+        self.kv.commit(seq, min(valid_blocks, self.kv.cacheable(seq)), Origin.PEER)
         self._advance(seq, SequenceEvent.HANDOFF_FAILED)
         self._start_computing(seq)
 
@@ -212,7 +212,7 @@ class Board:
         seq.lent_to = None
         seq.computed = seq.known
         full = seq.known // self.limits.block_size
-        self.kv.commit(seq, seq.trusted(full))
+        self.kv.commit(seq, seq.trusted(full), Origin.PEER)
         # It goes on with what its peer verified, but nobody else is to find what is suspect.
         seq.chained = seq.chained and seq.trusted(full) == full
         self._advance(seq, SequenceEvent.ARRIVED)

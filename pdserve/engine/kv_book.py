@@ -6,6 +6,7 @@ WriteBack) come in the order of what happened, and references always add up.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterable
 
 import numpy as np
@@ -33,6 +34,14 @@ PIN_SHARE = 4
 SPARE_SHARE = 8
 
 
+class Origin(enum.Enum):
+    """Where a block's KV came from, which says what slower tiers lack of it."""
+
+    COMPUTED = "computed"
+    PEER = "peer"
+    TIER = "tier"
+
+
 class KvBook:
     """Owns the allocator. Events are appended to ``events``, which the caller owns."""
 
@@ -53,7 +62,7 @@ class KvBook:
         self._pinned = 0
         self._tickets = 0
         # Committed in this step, to be offered to the slower tiers.
-        self._fresh: list[tuple[BlockKey, int]] = []
+        self._fresh: list[tuple[BlockKey, int, Origin]] = []
 
     @property
     def pinned(self) -> int:
@@ -128,7 +137,7 @@ class KvBook:
 
     # ---- sharing ---------------------------------------------------------------------------------
 
-    def commit(self, seq: Sequence, upto: int, from_tier: bool = False) -> None:
+    def commit(self, seq: Sequence, upto: int, origin: Origin = Origin.COMPUTED) -> None:
         """Indexes the blocks before ``upto``, which hold final KV; shares those already indexed."""
         if not seq.caches or not seq.chained:
             return
@@ -145,8 +154,8 @@ class KvBook:
                 self._stored(seq, first, index)
                 self._share(seq, index, key)
                 first = index + 1
-            elif self.has_tiers and not from_tier:
-                self._fresh.append((key, block))
+            elif self.has_tiers and origin is not Origin.TIER:
+                self._fresh.append((key, block, origin))
             seq.committed += 1
         self._stored(seq, first, seq.committed)
 
@@ -184,7 +193,7 @@ class KvBook:
             self._credit(seq, tier, index, 1)
             index += 1
         seq.computed = index * self.limits.block_size
-        self.commit(seq, index, from_tier=True)
+        self.commit(seq, index, Origin.TIER)
 
     def _share(self, seq: Sequence, index: int, key: BlockKey) -> None:
         """Swaps a private block for the indexed one of the same content."""
@@ -207,13 +216,15 @@ class KvBook:
         room = self.limits.num_blocks // PIN_SHARE - self._pinned
         if self.pool.available < self.limits.num_blocks // SPARE_SHARE:
             room = 0
-        chosen = [
-            (key, block) for key, block in self._fresh[: max(room, 0)] if self._holds(block, key)
-        ]
+        chosen = [each for each in self._fresh[: max(room, 0)] if self._holds(each[1], each[0])]
         self._fresh.clear()
+        for origin in (Origin.COMPUTED, Origin.PEER):
+            self._offer([each for each in chosen if each[2] is origin], origin is Origin.PEER)
+
+    def _offer(self, chosen: list[tuple[BlockKey, int, Origin]], from_peer: bool) -> None:
         if not chosen:
             return
-        blocks = [block for _, block in chosen]
+        blocks = [block for _, block, _ in chosen]
         self.pool.acquire(blocks)
         self._tickets += 1
         ticket = PinTicket(self._tickets)
@@ -222,8 +233,9 @@ class KvBook:
         self._events.append(
             WriteBack(
                 ticket,
-                keys=tuple(key for key, _ in chosen),
+                keys=tuple(key for key, _, _ in chosen),
                 blocks=tuple(BlockId(block) for block in blocks),
+                from_peer=from_peer,
             )
         )
 

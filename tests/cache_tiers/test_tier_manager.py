@@ -84,6 +84,20 @@ def test_a_block_that_redis_holds_is_not_sent_again(
     assert stats.stored == 5
 
 
+def test_what_a_peer_computed_goes_to_the_host_tier_alone(
+    real_redis: RealRedis, worlds: list[World]
+) -> None:
+    keys = new_keys(5)
+    world, other = (open_world(worlds, real_redis.url, host=16) for _ in range(2))
+    world.wait(world.start_write(keys, from_peer=True))
+    assert world.manager.quiesce(5)
+    assert world.read(keys) == [H] * 5
+    assert other.read(keys) == []
+    world.write(keys)  # computed here after all
+    assert world.manager.quiesce(5)
+    assert other.read(keys) == [R] * 5
+
+
 # ---- failures -----------------------------------------------------------------------------------
 
 

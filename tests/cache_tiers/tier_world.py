@@ -68,7 +68,9 @@ class World:
         with self._lock:
             self.ends[job].append(answer)
 
-    def start_write(self, keys: Sequence[BlockKey], first_block: int = 0) -> PinTicket:
+    def start_write(
+        self, keys: Sequence[BlockKey], first_block: int = 0, from_peer: bool = False
+    ) -> PinTicket:
         """Puts the keys' values into the pool and gives them to the manager."""
         with self._lock:
             self._ticket += 1
@@ -77,7 +79,7 @@ class World:
         blocks = [BlockId(first_block + i) for i in range(len(keys))]
         for block, key in zip(blocks, keys, strict=True):
             self.pool[block] = np.frombuffer(value_of(key), np.uint8)
-        job = WriteBack(ticket, tuple(keys), tuple(blocks))
+        job = WriteBack(ticket, tuple(keys), tuple(blocks), from_peer)
         self.manager.write_back(job, lambda unpin: self._end(ticket, unpin))
         return ticket
 
