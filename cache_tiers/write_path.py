@@ -3,8 +3,8 @@
     writer thread:  pinned blocks -> host tier, and one copy aside for Redis -> Unpin
     sender thread:  copies aside -> what Redis lacks -> Redis
 
-Blocks that a peer handed over go to the host tier alone: the peer computed them and writes them to
-Redis, where all workers find them. Should it fail to, a later reader misses them.
+Blocks that a peer computed and handed over go to the host tier alone: the peer writes them to
+Redis. Should it fail to, a later reader misses them.
 No block stays pinned while bytes travel. Both threads work strictly in order, so a forget or a
 clear that comes after a write-back acts after it. What does not fit (too many blocks pinned, too
 many bytes aside) is dropped, newest first, and counted: a tier is never worth a wait.
@@ -109,6 +109,9 @@ class WritePath:
 
     def save(self, job: WriteBack, done: UnpinSink) -> None:
         """Does not block. ``done`` is called on a thread of this path, or here if it is dropped."""
+        if job.from_peer and self._host is None:
+            done(Unpin(job.ticket))
+            return
         with self._lock:
             fits = self._pinned == 0 or (
                 self._pinned + len(job.blocks) <= self._limits.pinned_blocks

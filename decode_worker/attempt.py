@@ -160,9 +160,12 @@ class Attempt:
         if finished.HasField("first_token"):
             token = convert.token_out_from_proto(finished.first_token)
         if finish is not None:
-            record.skip_reason = "ended_at_first_token"
+            record.ended_at_first_token()
         self._prompt_logprobs = list(finished.prompt_logprobs)
-        return self._machine.peer_finished(token, finish)
+        # What it read from Redis is there already.
+        cached = record.cached.device + record.cached.host
+        from_cache = cached // self._services.facts.model.block_size
+        return self._machine.peer_finished(token, finish, from_cache)
 
     def _start_prefill(self) -> kv_pb2.StartPrefill:
         start, facts = self._start, self._services.facts
@@ -183,8 +186,8 @@ class Attempt:
 
     async def _read(self, effect: protocol.Read) -> None:
         assert self._reader is not None, "an offer follows accepted"
-        board.hit(Step.DECODE_READ)
         try:
+            board.hit(Step.DECODE_READ)
             reader = await self._reader
             try:
                 report = await self._services.read(
@@ -199,6 +202,11 @@ class Attempt:
                 # The read's bound passed, not the request's: there is time to try elsewhere.
                 error = TransferError(str(error))
             self._perform(self._machine.read_failed(effect.offers, error))
+        except Exception:
+            # Our own bug; unless it is told, the blocks that were lent for it never come back.
+            logger.exception("attempt %s: a read broke", self._submit.seq.hex())
+            broken = InternalError("the decode worker failed to read KV")
+            self._perform(self._machine.read_failed(effect.offers, broken))
         else:
             self._record.read(effect.offers, report, reader.transport)
             self._perform(self._machine.read_done(effect.offers, report))

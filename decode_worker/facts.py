@@ -29,6 +29,8 @@ class AttemptRecord:
     # This worker's own phases, and the prefill worker's as it told them.
     recorder: Recorder = field(default_factory=Recorder)
     peer_phases: tuple[Phase, ...] = ()
+    # Before that the hand-off may still fail, and what moved for it served nothing.
+    _settled: bool = False
     _started: float = 0.0  # when the prefill worker had begun
     # block position -> when its bytes moved (first, last); seconds of CLOCK_MONOTONIC
     _moved: dict[int, tuple[float, float]] = field(default_factory=dict)
@@ -39,6 +41,12 @@ class AttemptRecord:
     def arrived(self) -> None:
         """Every block that was wanted of the peer is here."""
         self.skip_reason = self.skip_reason or "all_blocks_local"
+        self._settled = True
+
+    def ended_at_first_token(self) -> None:
+        """Nothing more will move."""
+        self.skip_reason = "ended_at_first_token"
+        self._settled = True
 
     def granted(self, blocks: int) -> None:
         now = time.monotonic()
@@ -67,12 +75,13 @@ class AttemptRecord:
         return phases_to_proto(peers) + phases_to_proto(own, worker)
 
     def to_proto(self) -> worker_pb2.AttemptFacts:
+        moved = self.bytes_moved if self._settled else 0
         return worker_pb2.AttemptFacts(
             cached_tokens=convert.cached_tokens_to_proto(self.cached),
             prefill_worker=self.prefill_worker,
-            kv_bytes_transferred=self.bytes_moved,
-            kv_transport=self.transport,
-            kv_skipped_reason="" if self.bytes_moved else self.skip_reason,
+            kv_bytes_transferred=moved,
+            kv_transport=self.transport if moved else "",
+            kv_skipped_reason="" if moved else self.skip_reason,
             preemptions=self.preemptions,
             chunks=[convert.chunk_timing_to_proto(chunk) for chunk in self._timed_chunks()],
         )

@@ -8,6 +8,7 @@ async for message in peer.messages()    typed errors instead of RPC errors
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 
 import grpc
@@ -19,6 +20,10 @@ from pdserve.rpc.status import from_rpc_error
 from pdserve.v1 import kv_pb2, kv_pb2_grpc
 
 FAREWELL_S = 2.0
+# A worker that started anew has another address: what was open to the one before it goes after so
+# long without a call.
+UNUSED_S = 60.0
+_ALIVE = (grpc.ChannelConnectivity.READY, grpc.ChannelConnectivity.CONNECTING)
 _BROKEN = (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.CONNECTING)
 
 
@@ -88,11 +93,14 @@ class PeerStubs:
         self._identity = identity
         self._max_message_bytes = max_message_bytes
         self._channels: dict[str, grpc.aio.Channel] = {}
+        self._used: dict[str, float] = {}  # time.monotonic() of the last call to it
         self._closing: set[asyncio.Task[None]] = set()
 
     def stub(self, address: str) -> kv_pb2_grpc.PrefillStub:
         channel = self._channels.get(address)
+        self._used[address] = time.monotonic()
         if channel is None:
+            self._drop_unused()
             channel = make_channel(
                 address, self._identity, max_message_bytes=self._max_message_bytes
             )
@@ -104,10 +112,19 @@ class PeerStubs:
         pause between two tries is over. For a moment when the network may be back."""
         for address, channel in list(self._channels.items()):
             if channel.get_state() in _BROKEN:
-                del self._channels[address]
-                task = asyncio.get_running_loop().create_task(channel.close())
-                self._closing.add(task)
-                task.add_done_callback(self._closing.discard)
+                self._drop(address)
+
+    def _drop_unused(self) -> None:
+        limit = time.monotonic() - UNUSED_S
+        for address, channel in list(self._channels.items()):
+            if self._used[address] < limit and channel.get_state() not in _ALIVE:
+                self._drop(address)
+
+    def _drop(self, address: str) -> None:
+        del self._used[address]
+        task = asyncio.get_running_loop().create_task(self._channels.pop(address).close())
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
 
     async def close(self) -> None:
         for channel in self._channels.values():

@@ -6,9 +6,10 @@ With a prefill peer:
                                                 (grant is sent)      (offers are read)
 Alone: LOCAL from the start; the engine reads the prompt itself.
 
-The client gets the first token as soon as the prefill worker tells it and there is a place here for
-what follows, while the last blocks move: these are hashed after it was computed from them, so how
-they arrive says nothing about it. When the engine tells that token too, it is dropped.
+The client gets the first token while the last blocks still move: as soon as the prefill worker
+tells it, there is a place here for what follows, and all that was offered before it has arrived in
+good order. What is offered after it was hashed after it was computed from it, so how that arrives
+says nothing about it. When the engine tells that token too, it is dropped.
 
 What can go wrong (peer lost, a read failed, cancelled by the router) or end early (the first token
 finishes the request) leads to WINDING_DOWN, where the attempt is already answered, but the engine's
@@ -154,6 +155,8 @@ class DecodeAttempt:
         self._first_offset = first_offset
         self._first_token: TokenOut | None = None
         self._first_told = False  # emitted here; the engine has not told it yet
+        self._before_first: frozenset[int] = frozenset()  # the blocks offered before it came
+        self._from_cache = 0
         self._blocks: tuple[api.BlockId, ...] = ()
         self._first_wanted = 0
         self._lent = False
@@ -194,8 +197,13 @@ class DecodeAttempt:
         self._reading += 1
         return [Read(tuple(offers), tuple(into))]
 
-    def peer_finished(self, token: TokenOut | None, finish: FinishReason | None) -> list[Effect]:
-        """The prompt is computed; ``finish`` set: nothing is left to decode."""
+    def peer_finished(
+        self, token: TokenOut | None, finish: FinishReason | None, from_cache: int = 0
+    ) -> list[Effect]:
+        """The prompt is computed; ``finish`` set: nothing is left to decode.
+
+        ``from_cache``: so many of the prompt's first blocks the peer did not compute for this.
+        """
         if self.answered:
             return []
         # Only a sequence that had ended before it came is finished without having started.
@@ -210,6 +218,7 @@ class DecodeAttempt:
         if token is None:
             raise ProtocolError("prefill finished without a token")
         self._first_token = token
+        self._before_first, self._from_cache = frozenset(self._offered), from_cache
         self._move(Input.PEER_FINISHED)
         return [*self._tell_first(), *self._arrived()]
 
@@ -226,7 +235,9 @@ class DecodeAttempt:
         self.bytes_moved += report.bytes_moved
         self._verified.update(offer.index for offer in offers)
         self._move(Input.READ)
-        return self._give_back() if self.state is State.WINDING_DOWN else self._arrived()
+        if self.state is State.WINDING_DOWN:
+            return self._give_back()
+        return [*self._tell_first(), *self._arrived()]
 
     def read_failed(self, offers: Sequence[BlockOffer], error: PdserveError) -> list[Effect]:
         self._reading -= 1
@@ -300,9 +311,10 @@ class DecodeAttempt:
         return effects
 
     def _tell_first(self) -> list[Effect]:
-        if self.state is not State.RECEIVING or self._first_token is None:
+        if self.state is not State.RECEIVING or self._first_token is None or self._first_told:
             return []
-        assert not self._first_told
+        if not self._before_first <= self._verified:
+            return []
         self._first_told = True
         return [Emit((self._first_token,), self._first_offset, None, None)]
 
@@ -313,7 +325,8 @@ class DecodeAttempt:
             return []
         self._move(Input.ARRIVED)
         self._lent = False
-        return [Post(api.ImportDone(self.seq, self._first_token)), SendDone()]
+        done = api.ImportDone(self.seq, self._first_token, from_cache=self._from_cache)
+        return [Post(done), SendDone()]
 
     def _fail(
         self, error: PdserveError, peer_at_fault: bool, suspect: tuple[int, ...] = ()

@@ -42,6 +42,9 @@ class PeerReads:
         self.late = 0  # reads that returned to attempts that were over; event loop only
         self._sweeping = ThreadPoolExecutor(1, thread_name_prefix="kv-sweep")
         self._closing: set[threading.Thread] = set()  # event loop only, until the last close
+        # One search for ended peers at a time, however many attempts each of them leaves behind.
+        self._search: threading.Thread | None = None
+        self._once_more = threading.Event()
 
     async def open(self, endpoint: Endpoint) -> BlockReader:
         loop = asyncio.get_running_loop()
@@ -64,7 +67,9 @@ class PeerReads:
     def peer_lost(self, incarnation: Incarnation, gone: bool) -> None:
         """``gone``: it is over, whatever it may still send. Else its process may have ended."""
         if not gone:
-            self._close(self._readers.close_lost)
+            self._once_more.set()
+            if self._search is None or not self._search.is_alive():
+                self._search = self._close(self._close_lost)
         elif (reader := self._readers.fence(incarnation)) is not None:
             self._close(reader.close)
 
@@ -75,11 +80,18 @@ class PeerReads:
             await asyncio.sleep(LOST_PEERS_EVERY_S)
             await loop.run_in_executor(self._sweeping, self._readers.close_lost)
 
-    def _close(self, closing: Callable[[], object]) -> None:
+    def _close_lost(self) -> None:
+        # Asked just as this ends, it waits for the next sweep.
+        while self._once_more.is_set():
+            self._once_more.clear()
+            self._readers.close_lost()
+
+    def _close(self, closing: Callable[[], object]) -> threading.Thread:
         self._closing = {thread for thread in self._closing if thread.is_alive()}
         thread = threading.Thread(target=_close_and_report, args=(closing,), name="kv-close")
         self._closing.add(thread)
         thread.start()
+        return thread
 
     def end_reads(self) -> None:
         """Returns when no read is under way; none may be begun any more."""

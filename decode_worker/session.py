@@ -147,6 +147,9 @@ class _Session:
             logger.exception("attempt %s could not begin", attempt_id.hex())
             failure = error if isinstance(error, PdserveError) else InternalError(str(error))
             attempt.cancel(failure)
+            # The engine never had it, so nobody else will say that it is over.
+            self._services.bridge.forget(submit.seq)
+            self._ended(attempt_id)
             self._emit(_refusal(attempt_id, failure))
 
     def _admit(self, start: worker_pb2.StartAttempt) -> api.Submit:

@@ -8,7 +8,6 @@ the effects. Whatever ends the stream, the engine's blocks are given back.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -47,8 +46,8 @@ from prefill_worker.protocol import (
 
 logger = logging.getLogger(__name__)
 
-# The inbox must stay empty for so long once a lease is over: when this process stood still, what
-# the peer said meanwhile is yet to be read from its connection.
+# A lease that ran out is over after so long without a word: when this process stood still, what the
+# peer said meanwhile is yet to be read from its connection. What the engine says is no word of it.
 LAST_WORDS_S = 0.25
 
 
@@ -99,10 +98,11 @@ class PrefillService(kv_pb2_grpc.PrefillServicer):
             async for message in attempt.messages():
                 yield message
         finally:
-            reader.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await reader
             attempt.give_back()
+            reader.cancel()
+            (end,) = await asyncio.gather(reader, return_exceptions=True)
+            if isinstance(end, Exception):
+                logger.error("hand-off %s: its stream broke", submit.seq.hex(), exc_info=end)
             self._bridge.late(attempt.read_out())
             self._bridge.forget(submit.seq)
             self.attempts -= 1
@@ -157,6 +157,8 @@ class _Attempt:
         self._machine = PrefillHandOff(submit.seq, blocks, moves)
         self._keys = submit.tokens.block_keys
         self._heard = time.monotonic()
+        # The word after which the lease was found to have run out, and when that becomes final.
+        self._last_word, self._final = 0.0, 0.0
 
     async def read_wire(self, requests: AsyncIterator[kv_pb2.DecodeToPrefill]) -> None:
         try:
@@ -215,13 +217,15 @@ class _Attempt:
         return unheard
 
     async def _next_effects(self) -> list[Effect]:
-        left = self._heard + self._service.lease_s - time.monotonic()
-        item = await self._next_item(left)
+        now, until = time.monotonic(), self._heard + self._service.lease_s
+        if now >= until:
+            if self._last_word != self._heard:
+                self._last_word, self._final = self._heard, now + LAST_WORDS_S
+            until = self._final
+        item = await self._next_item(until - now)
         if item is None:
-            item = await self._next_item(LAST_WORDS_S)
-        if item is None:
-            if time.monotonic() - self._heard < self._service.lease_s:
-                return []
+            if self._last_word != self._heard or time.monotonic() < self._final:
+                return []  # heard meanwhile, or found to have run out by the next call
             logger.warning("hand-off %s: lease expired", self._machine.seq.hex())
             return self._machine.lost(
                 WorkerLost(f"no message from the decode worker for {self._service.lease_s} s")

@@ -111,9 +111,9 @@ class RequestDispatcher:
         return self.readiness.judge().shortfalls
 
     @property
-    def prefill_attempts(self) -> int:
-        """So many hand-offs of a request may fail, each after the prefill worker's one token."""
-        return self._limits.prefill
+    def borrowed_tokens(self) -> int:
+        """At most so many tokens of a request are prefill workers': one of each failed attempt."""
+        return self._limits.prefill + self._limits.decode
 
     def servable(self) -> tuple[bool, str]:
         """Whether a request of one token could be placed at this moment."""

@@ -154,7 +154,7 @@ class SelfTest:
 
     async def _request(self, model: ModelFacts) -> Usage:
         """Sends the request and checks that all of its answer came."""
-        answer = self._dispatcher.prefill_attempts + ANSWER_TOKENS
+        answer = self._dispatcher.borrowed_tokens + ANSWER_TOKENS
         length = max(1, min(2 * model.block_size + 1, model.max_model_len - answer))
         job = Job(
             request_id=RequestId(f"self-test-{os.urandom(8).hex()}"),

@@ -52,8 +52,9 @@ class _Interrupts:
             signal.signal(number, self._tell)
 
     def _tell(self, number: int, frame: FrameType | None) -> None:
-        self.told = True
-        raise KeyboardInterrupt
+        if not self.told:  # a second one must not cut short how the terminal is left
+            self.told = True
+            raise KeyboardInterrupt
 
 
 def _watch(access: Access) -> None:

@@ -91,6 +91,9 @@ class ImportDone:
     first_token: TokenOut
     # Set when the first token already ended the sequence (nothing had to move).
     finish: FinishReason | None = None
+    # So many of the first blocks the peer had found in a cache of its own: unlike those that it
+    # computed, it does not write them to what all workers share.
+    from_cache: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,7 +136,8 @@ class Board:
         size = self.limits.block_size
         valid_blocks = seq.trusted(valid_blocks)
         seq.computed = valid_blocks * size
-        self.kv.commit(seq, min(valid_blocks, self.kv.cacheable(seq)), Origin.PEER)
+        # Whether the peer lived to write these to a slower tier is not known.
+        self.kv.commit(seq, min(valid_blocks, self.kv.cacheable(seq)))
         self._advance(seq, SequenceEvent.HANDOFF_FAILED)
         self._start_computing(seq)
 
@@ -207,11 +208,12 @@ class Board:
 
     # ---- tokens and endings ----------------------------------------------------------------------
 
-    def arrived(self, seq: Sequence) -> None:
-        """RECEIVING, and every wanted block holds verified KV."""
+    def arrived(self, seq: Sequence, from_cache: int) -> None:
+        """RECEIVING, and every wanted block holds verified KV; see api.ImportDone."""
         seq.lent_to = None
         seq.computed = seq.known
         full = seq.known // self.limits.block_size
+        self.kv.commit(seq, min(from_cache, seq.trusted(full)))
         self.kv.commit(seq, seq.trusted(full), Origin.PEER)
         # It goes on with what its peer verified, but nobody else is to find what is suspect.
         seq.chained = seq.chained and seq.trusted(full) == full

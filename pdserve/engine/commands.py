@@ -148,7 +148,7 @@ def _import_done(board: Board, command: ImportDone) -> bool:
             seq.lent_to = None
         board.take_token(seq, command.first_token, command.finish)
     elif seq.state is SequenceState.RECEIVING:
-        board.arrived(seq)
+        board.arrived(seq, command.from_cache)
         if board.open_sampler(seq):
             board.take_token(seq, command.first_token)
     else:

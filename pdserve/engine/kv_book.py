@@ -35,10 +35,10 @@ SPARE_SHARE = 8
 
 
 class Origin(enum.Enum):
-    """Where a block's KV came from, which says what slower tiers lack of it."""
+    """Where a block's KV came from, which says which slower tiers may lack it."""
 
-    COMPUTED = "computed"
-    PEER = "peer"
+    NEW = "new"  # here
+    PEER = "peer"  # a peer computed it just now, and writes it to what all workers share
     TIER = "tier"
 
 
@@ -137,7 +137,7 @@ class KvBook:
 
     # ---- sharing ---------------------------------------------------------------------------------
 
-    def commit(self, seq: Sequence, upto: int, origin: Origin = Origin.COMPUTED) -> None:
+    def commit(self, seq: Sequence, upto: int, origin: Origin = Origin.NEW) -> None:
         """Indexes the blocks before ``upto``, which hold final KV; shares those already indexed."""
         if not seq.caches or not seq.chained:
             return
@@ -216,9 +216,11 @@ class KvBook:
         room = self.limits.num_blocks // PIN_SHARE - self._pinned
         if self.pool.available < self.limits.num_blocks // SPARE_SHARE:
             room = 0
+        # Nobody else writes what is new.
+        self._fresh.sort(key=lambda each: each[2] is Origin.PEER)
         chosen = [each for each in self._fresh[: max(room, 0)] if self._holds(each[1], each[0])]
         self._fresh.clear()
-        for origin in (Origin.COMPUTED, Origin.PEER):
+        for origin in (Origin.NEW, Origin.PEER):
             self._offer([each for each in chosen if each[2] is origin], origin is Origin.PEER)
 
     def _offer(self, chosen: list[tuple[BlockKey, int, Origin]], from_peer: bool) -> None:

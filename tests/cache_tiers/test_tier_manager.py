@@ -93,6 +93,10 @@ def test_what_a_peer_computed_goes_to_the_host_tier_alone(
     assert world.manager.quiesce(5)
     assert world.read(keys) == [H] * 5
     assert other.read(keys) == []
+    alone = open_world(worlds, real_redis.url, host=0)
+    ticket = alone.start_write(keys, from_peer=True)
+    assert alone.ends[ticket] == [Unpin(ticket)], "there is nothing to wait for"
+    assert other.read(keys) == []
     world.write(keys)  # computed here after all
     assert world.manager.quiesce(5)
     assert other.read(keys) == [R] * 5

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from decode_worker import peer
 from decode_worker.peer import PeerStubs, PrefillPeer
 from pdserve.errors import PdserveError
 from pdserve.rpc.channels import bind, make_server
@@ -30,11 +31,36 @@ def free_port() -> int:
 
 
 async def called(stubs: PeerStubs, address: str) -> list[str | None]:
-    peer = PrefillPeer(stubs.stub(address), kv_pb2.StartPrefill(), 1.0)
+    one = PrefillPeer(stubs.stub(address), kv_pb2.StartPrefill(), 1.0)
     try:
-        return [message.WhichOneof("message") async for message in peer.messages()]
+        return [message.WhichOneof("message") async for message in one.messages()]
     finally:
-        peer.drop()
+        one.drop()
+
+
+def test_channels_of_workers_that_are_gone_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each start of a prefill worker has another address."""
+    monkeypatch.setattr(peer, "UNUSED_S", 0.2)
+
+    async def story() -> list[int]:
+        stubs = PeerStubs(mint(TOKEN, Caller.DECODE), 2**20)
+        server = make_server(mint(TOKEN, Caller.PREFILL))
+        kv_pb2_grpc.add_PrefillServicer_to_server(Prefill(), server)
+        alive = f"127.0.0.1:{bind(server, '127.0.0.1:0')}"
+        await server.start()
+        assert await called(stubs, alive) == ["started"]
+        counts = []
+        for _ in range(6):
+            with pytest.raises(PdserveError):
+                await called(stubs, f"127.0.0.1:{free_port()}")
+            counts.append(len(stubs._channels))
+            await asyncio.sleep(0.3)
+        assert await called(stubs, alive) == ["started"]
+        await stubs.close()
+        await server.stop(0)
+        return counts
+
+    assert asyncio.run(story())[-1] <= 3
 
 
 def test_who_could_not_be_reached_is_dialled_anew() -> None:

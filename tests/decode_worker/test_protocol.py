@@ -328,7 +328,10 @@ def test_only_an_ending_may_come_before_the_start() -> None:
 
 
 def receiving(finish_first: bool) -> tuple[decode.DecodeAttempt, list[BlockOffer]]:
-    """One block is wanted; the prefill worker told its token before or after it offered that."""
+    """One block is wanted; the prefill worker told its token before or after it offered that.
+
+    What was offered before may have been computed with: its bytes are awaited.
+    """
     machine = decode.DecodeAttempt(SEQ, 5, with_peer=True)
     machine.accepted()
     machine.started()
@@ -339,14 +342,16 @@ def receiving(finish_first: bool) -> tuple[decode.DecodeAttempt, list[BlockOffer
         assert machine.peer_finished(TokenOut(7), None) == told
     machine.offered(offers)
     if not finish_first:
-        assert machine.peer_finished(TokenOut(7), None) == told
+        assert machine.peer_finished(TokenOut(7), None) == []
     return machine, offers
 
 
 @pytest.mark.parametrize("finish_first", [False, True])
-def test_the_first_token_waits_for_no_block_and_goes_out_once(finish_first: bool) -> None:
+def test_the_first_token_waits_for_no_later_block_and_goes_out_once(finish_first: bool) -> None:
     machine, offers = receiving(finish_first)
+    told = [] if finish_first else [decode.Emit((TokenOut(7),), 5, None, None)]
     assert machine.read_done(offers, REPORT) == [
+        *told,
         decode.Post(api.ImportDone(SEQ, TokenOut(7))),
         decode.SendDone(),
     ]
@@ -367,6 +372,26 @@ def test_no_token_is_told_before_there_is_a_place_for_the_next_one() -> None:
     assert not any(isinstance(effect, decode.Emit) for effect in refused)
     reserved = roomy.reserved(api.Reserved(SEQ, 0, (api.BlockId(9),), CachedTokens()))
     assert reserved == [decode.SendGrant((0,)), decode.Emit((TokenOut(7),), 5, None, None)]
+
+
+def test_the_first_token_waits_for_the_blocks_that_it_was_computed_from() -> None:
+    """Of three blocks two were offered before it: only how these arrive speaks for it."""
+    machine = decode.DecodeAttempt(SEQ, 5, with_peer=True)
+    machine.accepted()
+    machine.started()
+    blocks = tuple(api.BlockId(block) for block in (9, 8, 7))
+    machine.reserved(api.Reserved(SEQ, 0, blocks, CachedTokens()))
+    first, second, third = ([BlockOffer(i, i, 0, 0)] for i in range(3))
+    machine.offered(first)
+    machine.offered(second)
+    assert machine.peer_finished(TokenOut(7), None, from_cache=1) == []
+    machine.offered(third)
+    assert machine.read_done(second, REPORT) == []
+    assert machine.read_done(first, REPORT) == [decode.Emit((TokenOut(7),), 5, None, None)]
+    assert machine.read_done(third, REPORT) == [
+        decode.Post(api.ImportDone(SEQ, TokenOut(7), from_cache=1)),
+        decode.SendDone(),
+    ]
 
 
 @pytest.mark.parametrize("finish_first", [False, True])

@@ -243,20 +243,21 @@ def test_what_a_peer_computed_is_told_apart_from_what_was_computed_here() -> Non
     world.post(TierReadDone(seq, (None,) * 4))
     world.turn()
     receive(world, seq)
-    world.post(ImportDone(seq, first_token(tokens)))
+    world.post(ImportDone(seq, first_token(tokens), from_cache=1))
     world.run()
     assert world.stream(seq) == world.expected(seq)
     known = KEYS.chain(ROOT, (*tokens, *world.stream(seq)), 4)
     told = [(event.keys, event.from_peer) for event in world.of(WriteBack)]
-    assert told[0] == (known[:4], True)
-    assert told[1:] == [((known[4],), False), ((known[5],), False)]
+    # The first block its peer had in a cache, whose owner may be long gone.
+    assert told[:2] == [(known[:1], False), (known[1:4], True)]
+    assert told[2:] == [((known[4],), False), ((known[5],), False)]
     for event in world.of(WriteBack):
         world.post(Unpin(event.ticket))
     world.assert_quiet()
 
 
 @pytest.mark.parametrize("valid", [0, 1, 3])
-def test_after_a_failed_hand_off_only_what_arrived_is_its_peers(valid: int) -> None:
+def test_after_a_failed_hand_off_nothing_is_left_to_the_peer(valid: int) -> None:
     world = World(num_blocks=64, has_tiers=True)
     tokens = prompt(18)
     seq = world.submit(tokens, Job.IMPORT, max_tokens=1)
@@ -268,9 +269,8 @@ def test_after_a_failed_hand_off_only_what_arrived_is_its_peers(valid: int) -> N
     world.run()
     assert world.stream(seq) == world.expected(seq)
     known = KEYS.chain(ROOT, tokens, 4)
-    for from_peer, keys in ((True, known[:valid]), (False, known[valid:])):
-        events = [event for event in world.of(WriteBack) if event.from_peer is from_peer]
-        assert tuple(key for event in events for key in event.keys) == keys
+    assert not any(event.from_peer for event in world.of(WriteBack))
+    assert tuple(key for event in world.of(WriteBack) for key in event.keys) == known
 
 
 def test_write_back_never_pins_much_of_the_pool() -> None:

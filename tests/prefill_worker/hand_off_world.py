@@ -96,6 +96,12 @@ class HandOff:
         message = await asyncio.wait_for(self._heard.get(), 10)
         return "" if message is None else str(message.WhichOneof("message"))
 
+    async def over(self) -> bool:
+        """Once the stream has ended; what came before is passed over."""
+        while await self.hear():
+            pass
+        return True
+
     async def hang_up(self) -> None:
         """What the server does when the peer cancels the call."""
         self._task.cancel()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 
 import pytest
-from hand_off_world import HandOff
+from hand_off_world import SEQ, HandOff
 
 import prefill_worker.service as service
 from pdserve.engine import api
+from pdserve.errors import WorkerLost
 
 LEASE_S = 0.2
 
@@ -31,6 +33,28 @@ def test_the_lease_ends_and_blocks_come_back() -> None:
     posted = asyncio.run(a_silent_peer(20 * LEASE_S))
     assert isinstance(posted[0], api.Submit)
     assert gives_back(posted)
+
+
+def test_an_engine_that_goes_on_is_no_word_of_the_peer() -> None:
+    """A stopped decode worker's prompt is not computed to its end, however long that is."""
+
+    async def story() -> float:
+        async with HandOff(LEASE_S) as it:
+            assert await it.hear() == "accepted"
+            it.happens(api.Admitted(SEQ, 0))
+            began = time.monotonic()
+            over = asyncio.create_task(it.over())
+            for block in range(200):
+                if over.done():
+                    break
+                it.happens(api.BlocksReady(SEQ, block, (api.BlockId(block),), None))
+                await asyncio.sleep(service.LAST_WORDS_S / 5)
+            assert await over
+            assert isinstance(it.ended, WorkerLost)
+            assert it.gave_back()
+            return time.monotonic() - began
+
+    assert asyncio.run(story()) < 2 * (LEASE_S + service.LAST_WORDS_S)
 
 
 def test_without_a_lease_a_silent_peer_holds_them(monkeypatch: pytest.MonkeyPatch) -> None:

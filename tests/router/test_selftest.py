@@ -40,9 +40,9 @@ def test_not_ready_before_the_test_and_ready_after_it() -> None:
                 (start,) = worker.starts
                 assert start.prefill.worker_id == "p0", "handed over, though the prompt is short"
                 assert len(start.tokens.token_ids) == 2 * BLOCK + 1
-                given = made.dispatcher.prefill_attempts
+                given = made.dispatcher.borrowed_tokens
                 more = start.sampling.max_tokens - given
-                assert given == 2
+                assert given == 2 + 3, "as many attempts may fail"
                 assert more == 2, "not all may come from prefill workers: the rest needs moved KV"
 
     drive(story)
