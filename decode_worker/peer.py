@@ -23,6 +23,7 @@ FAREWELL_S = 2.0
 # A worker that started anew has another address: what was open to the one before it goes after so
 # long without a call.
 UNUSED_S = 60.0
+LEFT_OPEN_S = 30.0
 _ALIVE = (grpc.ChannelConnectivity.READY, grpc.ChannelConnectivity.CONNECTING)
 _BROKEN = (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.CONNECTING)
 
@@ -108,21 +109,24 @@ class PeerStubs:
         return kv_pb2_grpc.PrefillStub(channel)
 
     def renew(self) -> None:
-        """Whoever could not be reached is dialled anew by the next call, which would fail until the
-        pause between two tries is over. For a moment when the network may be back."""
+        """Everybody is dialled anew by the next call. For a moment when the network may be back.
+
+        A call to who could not be reached would fail until the pause between two tries is over, and
+        a connection that outlived the cut stands still until TCP repeats itself, which it does the
+        more rarely the longer the cut was. Calls that are open there are left some time.
+        """
         for address, channel in list(self._channels.items()):
-            if channel.get_state() in _BROKEN:
-                self._drop(address)
+            self._drop(address, None if channel.get_state() in _BROKEN else LEFT_OPEN_S)
 
     def _drop_unused(self) -> None:
         limit = time.monotonic() - UNUSED_S
         for address, channel in list(self._channels.items()):
             if self._used[address] < limit and channel.get_state() not in _ALIVE:
-                self._drop(address)
+                self._drop(address, None)
 
-    def _drop(self, address: str) -> None:
+    def _drop(self, address: str, grace_s: float | None) -> None:
         del self._used[address]
-        task = asyncio.get_running_loop().create_task(self._channels.pop(address).close())
+        task = asyncio.get_running_loop().create_task(self._channels.pop(address).close(grace_s))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
@@ -130,4 +134,6 @@ class PeerStubs:
         for channel in self._channels.values():
             await channel.close()
         self._channels.clear()
-        await asyncio.gather(*self._closing)
+        for task in self._closing:
+            task.cancel()
+        await asyncio.gather(*self._closing, return_exceptions=True)

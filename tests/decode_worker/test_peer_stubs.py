@@ -63,6 +63,48 @@ def test_channels_of_workers_that_are_gone_do_not_pile_up(monkeypatch: pytest.Mo
     assert asyncio.run(story())[-1] <= 3
 
 
+class Lasting(kv_pb2_grpc.PrefillServicer):
+    """Notes by which connection each call comes; a call ends when it is let go."""
+
+    def __init__(self) -> None:
+        self.connections: list[str] = []
+        self.go_on = asyncio.Event()
+
+    async def Run(self, requests: Any, context: Any) -> AsyncIterator[kv_pb2.PrefillToDecode]:
+        self.connections.append(context.peer())
+        yield kv_pb2.PrefillToDecode(started=kv_pb2.Started())
+        await self.go_on.wait()
+        yield kv_pb2.PrefillToDecode(finished=kv_pb2.PrefillFinished())
+
+
+def test_later_calls_take_a_new_connection_and_open_ones_keep_theirs() -> None:
+    """The old one may stand still: TCP repeats itself rarely after a cut."""
+
+    async def story() -> tuple[list[list[str | None]], list[str]]:
+        stubs = PeerStubs(mint(TOKEN, Caller.DECODE), 2**20)
+        service = Lasting()
+        server = make_server(mint(TOKEN, Caller.PREFILL))
+        kv_pb2_grpc.add_PrefillServicer_to_server(service, server)
+        address = f"127.0.0.1:{bind(server, '127.0.0.1:0')}"
+        await server.start()
+        calls = []
+        for _ in range(2):
+            calls.append(asyncio.create_task(called(stubs, address)))
+            while len(service.connections) < len(calls):
+                await asyncio.sleep(0.01)
+            stubs.renew()
+        await asyncio.sleep(0.1)
+        service.go_on.set()
+        heard = await asyncio.wait_for(asyncio.gather(*calls), 5)
+        await stubs.close()
+        await server.stop(0)
+        return heard, service.connections
+
+    heard, connections = asyncio.run(story())
+    assert heard == [["started", "finished"]] * 2
+    assert len(set(connections)) == 2
+
+
 def test_who_could_not_be_reached_is_dialled_anew() -> None:
     async def story() -> None:
         stubs = PeerStubs(mint(TOKEN, Caller.DECODE), 2**20)
@@ -79,7 +121,7 @@ def test_who_could_not_be_reached_is_dialled_anew() -> None:
         await server.start()
         stubs.renew()  # without it this call fails as well, unless a try falls into this moment
         assert await called(stubs, address) == ["started"]
-        stubs.renew()  # leaves alone what works
+        stubs.renew()
         assert await called(stubs, address) == ["started"]
         await stubs.close()
         await server.stop(0)
