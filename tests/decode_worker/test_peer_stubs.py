@@ -68,10 +68,12 @@ class Lasting(kv_pb2_grpc.PrefillServicer):
 
     def __init__(self) -> None:
         self.connections: list[str] = []
+        self.called = asyncio.Event()
         self.go_on = asyncio.Event()
 
     async def Run(self, requests: Any, context: Any) -> AsyncIterator[kv_pb2.PrefillToDecode]:
         self.connections.append(context.peer())
+        self.called.set()
         yield kv_pb2.PrefillToDecode(started=kv_pb2.Started())
         await self.go_on.wait()
         yield kv_pb2.PrefillToDecode(finished=kv_pb2.PrefillFinished())
@@ -90,8 +92,8 @@ def test_later_calls_take_a_new_connection_and_open_ones_keep_theirs() -> None:
         calls = []
         for _ in range(2):
             calls.append(asyncio.create_task(called(stubs, address)))
-            while len(service.connections) < len(calls):
-                await asyncio.sleep(0.01)
+            await service.called.wait()
+            service.called.clear()
             stubs.renew()
         await asyncio.sleep(0.1)
         service.go_on.set()
