@@ -107,6 +107,8 @@ class Attempt:
     # ---- the peer
 
     async def _follow_peer(self) -> None:
+        if self._machine.answered:
+            return  # cancelled before this task ran: nobody would end the call
         peer = PrefillPeer(
             self._services.stubs.stub(self._start.prefill.address),
             self._start_prefill(),

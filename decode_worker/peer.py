@@ -23,7 +23,7 @@ FAREWELL_S = 2.0
 # A worker that started anew has another address: what was open to the one before it goes after so
 # long without a call.
 UNUSED_S = 60.0
-LEFT_OPEN_S = 30.0
+LEFT_OPEN_S = 5.0
 _ALIVE = (grpc.ChannelConnectivity.READY, grpc.ChannelConnectivity.CONNECTING)
 _BROKEN = (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.CONNECTING)
 
