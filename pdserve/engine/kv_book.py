@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +43,15 @@ class Origin(enum.Enum):
     TIER = "tier"
 
 
+@dataclass(frozen=True, slots=True)
+class _Fresh:
+    """A block that was committed in this step, to be offered to the slower tiers."""
+
+    key: BlockKey
+    block: int
+    origin: Origin
+
+
 class KvBook:
     """Owns the allocator. Events are appended to ``events``, which the caller owns."""
 
@@ -61,8 +71,7 @@ class KvBook:
         self._pins: dict[PinTicket, list[int]] = {}
         self._pinned = 0
         self._tickets = 0
-        # Committed in this step, to be offered to the slower tiers.
-        self._fresh: list[tuple[BlockKey, int, Origin]] = []
+        self._fresh: list[_Fresh] = []
 
     @property
     def pinned(self) -> int:
@@ -155,7 +164,7 @@ class KvBook:
                 self._share(seq, index, key)
                 first = index + 1
             elif self.has_tiers and origin is not Origin.TIER:
-                self._fresh.append((key, block, origin))
+                self._fresh.append(_Fresh(key, block, origin))
             seq.committed += 1
         self._stored(seq, first, seq.committed)
 
@@ -217,16 +226,16 @@ class KvBook:
         if self.pool.available < self.limits.num_blocks // SPARE_SHARE:
             room = 0
         # Nobody else writes what is new.
-        self._fresh.sort(key=lambda each: each[2] is Origin.PEER)
-        chosen = [each for each in self._fresh[: max(room, 0)] if self._holds(each[1], each[0])]
+        self._fresh.sort(key=lambda each: each.origin is Origin.PEER)
+        chosen = [each for each in self._fresh[: max(room, 0)] if self._holds(each)]
         self._fresh.clear()
         for origin in (Origin.NEW, Origin.PEER):
-            self._offer([each for each in chosen if each[2] is origin], origin is Origin.PEER)
+            self._offer([each for each in chosen if each.origin is origin], origin)
 
-    def _offer(self, chosen: list[tuple[BlockKey, int, Origin]], from_peer: bool) -> None:
+    def _offer(self, chosen: list[_Fresh], origin: Origin) -> None:
         if not chosen:
             return
-        blocks = [block for _, block, _ in chosen]
+        blocks = [each.block for each in chosen]
         self.pool.acquire(blocks)
         self._tickets += 1
         ticket = PinTicket(self._tickets)
@@ -235,15 +244,15 @@ class KvBook:
         self._events.append(
             WriteBack(
                 ticket,
-                keys=tuple(key for key, _, _ in chosen),
+                keys=tuple(each.key for each in chosen),
                 blocks=tuple(BlockId(block) for block in blocks),
-                from_peer=from_peer,
+                from_peer=origin is Origin.PEER,
             )
         )
 
-    def _holds(self, block: int, key: BlockKey) -> bool:
+    def _holds(self, fresh: _Fresh) -> bool:
         """A block that was committed in this step may have been forgotten in the same step."""
-        return self.pool.lookup(key) == block
+        return self.pool.lookup(fresh.key) == fresh.block
 
     def unpin(self, ticket: PinTicket) -> bool:
         blocks = self._pins.pop(ticket, None)

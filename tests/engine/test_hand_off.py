@@ -234,14 +234,20 @@ def test_a_local_prompt_never_takes_its_last_token_from_a_tier() -> None:
     assert world.of(Stored) == []
 
 
-def test_what_a_peer_computed_is_told_apart_from_what_was_computed_here() -> None:
-    """Its peer writes it to what all workers share; writing it twice would cost both."""
+def importing(tokens: list[int], max_tokens: int) -> tuple[World, SeqId]:
+    """A prompt of four whole blocks that no tier has; blocks are reserved for all of it."""
     world = World(num_blocks=64, has_tiers=True)
-    tokens = prompt(18)
-    seq = world.submit(tokens, Job.IMPORT, max_tokens=8)
+    seq = world.submit(tokens, Job.IMPORT, max_tokens=max_tokens)
     world.turn()
     world.post(TierReadDone(seq, (None,) * 4))
     world.turn()
+    return world, seq
+
+
+def test_what_a_peer_computed_is_told_apart_from_what_was_computed_here() -> None:
+    """Its peer writes it to what all workers share; writing it twice would cost both."""
+    tokens = prompt(18)
+    world, seq = importing(tokens, max_tokens=8)
     receive(world, seq)
     world.post(ImportDone(seq, first_token(tokens), from_cache=1))
     world.run()
@@ -258,12 +264,8 @@ def test_what_a_peer_computed_is_told_apart_from_what_was_computed_here() -> Non
 
 @pytest.mark.parametrize("valid", [0, 1, 3])
 def test_after_a_failed_hand_off_nothing_is_left_to_the_peer(valid: int) -> None:
-    world = World(num_blocks=64, has_tiers=True)
     tokens = prompt(18)
-    seq = world.submit(tokens, Job.IMPORT, max_tokens=1)
-    world.turn()
-    world.post(TierReadDone(seq, (None,) * 4))
-    world.turn()
+    world, seq = importing(tokens, max_tokens=1)
     receive(world, seq, valid)
     world.post(ImportFailed(seq, valid))
     world.run()
