@@ -93,6 +93,7 @@ class Attempt:
         self._prompt_logprobs: list[inference_pb2.TokenLogprob] = []
         # So are the facts; again with the next ones after the last block arrived, and at the end.
         self._facts_due = True
+        self._end_told = False  # the router knows how it ended
 
     def begin(self) -> None:
         board.hit(Step.DECODE_START)
@@ -195,6 +196,7 @@ class Attempt:
                 report = await self._services.read(
                     reader, effect.offers, effect.into, self._submit.deadline
                 )
+                self._record.read(effect.offers, report, reader.transport)
             finally:
                 if self._machine.answered:
                     self._services.late_read()
@@ -210,7 +212,6 @@ class Attempt:
             broken = InternalError("the decode worker failed to read KV")
             self._perform(self._machine.read_failed(effect.offers, broken))
         else:
-            self._record.read(effect.offers, report, reader.transport)
             self._perform(self._machine.read_done(effect.offers, report))
 
     # ---- the engine
@@ -218,36 +219,62 @@ class Attempt:
     def _on_engine(self, event: SequenceEvent) -> None:
         if self._machine.answered and not isinstance(event, api.Failed):
             self._services.bridge.late(1)
+        try:
+            effects = self._engine_says(event)
+        except Exception as error:
+            self._broke(error)
+        else:
+            self._perform(effects)
+
+    def _engine_says(self, event: SequenceEvent) -> list[protocol.Effect]:
         if isinstance(event, api.Tokens):
-            self._perform(self._machine.tokens(event))
-        elif isinstance(event, api.Reserved):
-            self._perform(self._machine.reserved(event))
-        elif isinstance(event, api.Failed):
+            return self._machine.tokens(event)
+        if isinstance(event, api.Reserved):
+            return self._machine.reserved(event)
+        if isinstance(event, api.Failed):
             self._record.recorder.extend(event.phases)
-            self._perform(self._machine.engine_failed(event.error))
+            return self._machine.engine_failed(event.error)
+        return []
 
     # ---- effects
 
     def _perform(self, effects: list[protocol.Effect]) -> None:
+        """Does not raise. The machine counts all of them as done, and what they give back is held
+        by others: one that breaks, which is a bug of ours, ends the attempt and not the rest."""
+        broken: Exception | None = None
         for effect in effects:
-            if isinstance(effect, protocol.Emit):
-                self._emit_tokens(effect)
-            elif isinstance(effect, protocol.Post):
-                if isinstance(effect.command, api.ImportDone):
-                    board.hit(Step.DECODE_COMMIT)
-                self._services.bridge.post(effect.command)
-            elif isinstance(effect, protocol.Read):
-                self._spawn(self._read(effect))
-            elif isinstance(effect, protocol.EmitFailure):
-                self._emit_failure(effect)
-            elif isinstance(effect, protocol.End):
-                self._services.bridge.forget(self._submit.seq)
-                self._ended()
-            elif isinstance(effect, protocol.SubmitImport):
-                submit = replace(self._submit, job=api.Job.IMPORT)
-                self._services.bridge.submit(submit, self._on_engine)
-            else:
-                self._tell_peer(effect)
+            try:
+                self._carry_out(effect)
+            except Exception as error:
+                broken = broken or error
+        if broken is not None:
+            self._broke(broken)
+
+    def _carry_out(self, effect: protocol.Effect) -> None:
+        if isinstance(effect, protocol.Emit):
+            self._emit_tokens(effect)
+        elif isinstance(effect, protocol.Post):
+            self._tell_engine(effect.command)
+        elif isinstance(effect, protocol.Read):
+            self._spawn(self._read(effect))
+        elif isinstance(effect, protocol.EmitFailure):
+            self._emit_failure(effect)
+        elif isinstance(effect, protocol.End):
+            self._services.bridge.forget(self._submit.seq)
+            self._ended()
+        elif isinstance(effect, protocol.SubmitImport):
+            submit = replace(self._submit, job=api.Job.IMPORT)
+            self._services.bridge.submit(submit, self._on_engine)
+        else:
+            self._tell_peer(effect)
+
+    def _tell_engine(self, command: api.Command) -> None:
+        try:
+            if isinstance(command, api.ImportDone):
+                board.hit(Step.DECODE_COMMIT)
+        finally:
+            # A loan that the machine counts as over must be.
+            self._services.bridge.post(command)
 
     def _tell_peer(
         self, effect: protocol.SendGrant | protocol.SendDone | protocol.DropPeer
@@ -293,6 +320,7 @@ class Attempt:
             self._facts_due = False
             event.facts.CopyFrom(self._record.to_proto())
             event.phases.extend(self._record.take_phases(self._services.facts.id))
+        self._end_told |= effect.finish is not None
         self._emit(event)
 
     def _note(self, source: api.Tokens) -> None:
@@ -305,6 +333,7 @@ class Attempt:
             self._prompt_logprobs += convert.prompt_logprobs_to_proto(source.prompt_logprobs)
 
     def _emit_failure(self, effect: protocol.EmitFailure) -> None:
+        self._end_told = True
         error = effect.error
         retryable = elsewhere(error)
         failure = worker_pb2.AttemptFailure(
@@ -328,9 +357,17 @@ class Attempt:
 
     def _reap(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        if task.cancelled() or task.exception() is None:
-            return
-        logger.error("attempt %s broke", self._submit.seq.hex(), exc_info=task.exception())
-        error = InternalError("the decode worker failed to serve this attempt")
-        self._emit_failure(protocol.EmitFailure(error, peer_at_fault=False))
-        self._perform(self._machine.cancel(error))
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._broke(error)
+
+    def _broke(self, error: BaseException) -> None:
+        """A bug of ours: the router is answered, and nobody goes on to hold anything for this."""
+        logger.error("attempt %s broke", self._submit.seq.hex(), exc_info=error)
+        failure = InternalError("the decode worker failed to serve this attempt")
+        told: list[protocol.Effect] = []
+        if not self._end_told:
+            told = [protocol.EmitFailure(failure, peer_at_fault=False)]
+        self._perform([*told, *self._machine.cancel(failure)])
+        if self._peer is not None:
+            # The machine may think that it was told.
+            self._peer.drop()

@@ -22,6 +22,7 @@ from kv_transfer.convert import endpoint_to_proto, offer_to_proto
 from pdserve.engine import api
 from pdserve.errors import (
     Cancelled,
+    DeadlineExceeded,
     Draining,
     LayoutMismatch,
     ProtocolError,
@@ -98,14 +99,17 @@ class PrefillService(kv_pb2_grpc.PrefillServicer):
             async for message in attempt.messages():
                 yield message
         finally:
+            # Nothing of this is left out when the call is cancelled here as well.
             attempt.give_back()
-            reader.cancel()
-            (end,) = await asyncio.gather(reader, return_exceptions=True)
-            if isinstance(end, Exception):
-                logger.error("hand-off %s: its stream broke", submit.seq.hex(), exc_info=end)
-            self._bridge.late(attempt.read_out())
             self._bridge.forget(submit.seq)
             self.attempts -= 1
+            reader.cancel()
+            try:
+                (end,) = await asyncio.gather(reader, return_exceptions=True)
+                if isinstance(end, Exception):
+                    logger.error("hand-off %s: its stream broke", submit.seq.hex(), exc_info=end)
+            finally:
+                self._bridge.late(attempt.read_out())
 
     def close(self) -> None:
         self._hashing.shutdown(wait=True)
@@ -157,6 +161,8 @@ class _Attempt:
         self._machine = PrefillHandOff(submit.seq, blocks, moves)
         self._keys = submit.tokens.block_keys
         self._heard = time.monotonic()
+        # Whatever is heard: who keeps the call alive need not be who still reads the blocks.
+        self._over = submit.deadline + service.lease_s
         # The word after which the lease was found to have run out, and when that becomes final.
         self._last_word, self._final = 0.0, 0.0
 
@@ -218,11 +224,14 @@ class _Attempt:
 
     async def _next_effects(self) -> list[Effect]:
         now, until = time.monotonic(), self._heard + self._service.lease_s
+        if now >= self._over:
+            logger.warning("hand-off %s: open after its deadline", self._machine.seq.hex())
+            return self._machine.lost(DeadlineExceeded("the request's deadline has passed"))
         if now >= until:
             if self._last_word != self._heard:
                 self._last_word, self._final = self._heard, now + LAST_WORDS_S
             until = self._final
-        item = await self._next_item(until - now)
+        item = await self._next_item(min(until, self._over) - now)
         if item is None:
             if self._last_word != self._heard or time.monotonic() < self._final:
                 return []  # heard meanwhile, or found to have run out by the next call

@@ -61,7 +61,7 @@ class HandOff:
     ``posted``: what the engine was told. ``it.ended`` is why the service ended the stream.
     """
 
-    def __init__(self, lease_s: float = 5.0) -> None:
+    def __init__(self, lease_s: float = 5.0, start: kv_pb2.StartPrefill = START) -> None:
         self.posted: list[api.Command] = []
         self.exporter = Exporter()
         self.bridge = EngineBridge()
@@ -70,12 +70,13 @@ class HandOff:
         self.service = service.PrefillService(
             self.bridge, exporter, lambda: FACTS, lease_s, lambda: False
         )
-        self._wire: asyncio.Queue[kv_pb2.DecodeToPrefill] = asyncio.Queue()
+        self._start = start
+        self._wire: asyncio.Queue[kv_pb2.DecodeToPrefill | None] = asyncio.Queue()
         self._heard: asyncio.Queue[kv_pb2.PrefillToDecode | None] = asyncio.Queue(maxsize=1)
 
     async def __aenter__(self) -> HandOff:
         self.bridge.attach(asyncio.get_running_loop(), self.posted.append, None, None)
-        self.say(kv_pb2.DecodeToPrefill(start=START))
+        self.say(kv_pb2.DecodeToPrefill(start=self._start))
         self._task = asyncio.create_task(self._run())
         return self
 
@@ -86,6 +87,10 @@ class HandOff:
 
     def say(self, message: kv_pb2.DecodeToPrefill) -> None:
         self._wire.put_nowait(message)
+
+    def close(self) -> None:
+        """The peer ends its side of the stream."""
+        self._wire.put_nowait(None)
 
     def happens(self, *events: api.Event) -> None:
         """The engine tells; the attempt hears it in the loop's next round."""
@@ -115,8 +120,8 @@ class HandOff:
         return any(isinstance(command, api.Release) for command in self.posted)
 
     async def _requests(self) -> AsyncIterator[kv_pb2.DecodeToPrefill]:
-        while True:
-            yield await self._wire.get()
+        while (message := await self._wire.get()) is not None:
+            yield message
 
     async def _run(self) -> None:
         context: Any = None
