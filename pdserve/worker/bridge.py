@@ -103,6 +103,11 @@ class EngineBridge:
         """The listener wants no more events: the sequence's ending came."""
         self._listeners.pop(seq, None)
 
+    @property
+    def listening(self) -> int:
+        """How many attempts still wait for their sequence's ending."""
+        return len(self._listeners)
+
     def late(self, events: int) -> None:
         """So many events came after their attempt was over, and were dropped. On the event loop."""
         self.late_events += events

@@ -56,7 +56,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     ) -> worker_pb2.CheckIdleResponse:
         snapshot = await self._bridge.inspect()
         return worker_pb2.CheckIdleResponse(
-            idle=snapshot.idle,
+            idle=snapshot.idle and not self._bridge.listening,
             violations=snapshot.violations,
             blocks_free=snapshot.blocks_free,
             blocks_cached=snapshot.blocks_cached,

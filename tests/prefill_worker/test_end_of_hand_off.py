@@ -28,7 +28,7 @@ def test_a_call_that_is_cancelled_while_it_ends_leaves_nothing(rounds: int) -> N
             for _ in range(rounds):
                 await asyncio.sleep(0)
             await it.hang_up()
-            return it.service.attempts, len(it.bridge._listeners), it.gave_back()
+            return it.service.attempts, it.bridge.listening, it.gave_back()
 
     assert asyncio.run(story()) == (0, 0, True)
 
