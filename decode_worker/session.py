@@ -104,7 +104,8 @@ class _Session:
                 break
             await asyncio.sleep(silence_s - quiet)
         logger.warning("the router said nothing for %.1f s: its attempts are cancelled", quiet)
-        self._close()
+        # Here, since the stream may stand in the middle of a message that nobody takes.
+        self.abandon()
 
     async def messages(self) -> AsyncIterator[worker_pb2.DecodeToRouter]:
         incarnation = self._services.facts.incarnation
@@ -118,8 +119,8 @@ class _Session:
                 yield worker_pb2.DecodeToRouter(incarnation=incarnation, events=events)
 
     def abandon(self) -> None:
-        """Nobody hears what the attempts wrote and still write."""
-        self._closed = True
+        """Nobody hears what the attempts wrote and still write. May be called again."""
+        self._close()
         self._services.bridge.late(len(self._outbox))
         self._outbox.clear()
         for attempt in list(self.attempts.values()):
