@@ -17,6 +17,7 @@ _COMMANDS = {
     "up": "start a cluster on this machine and serve until Ctrl-C",
     "status": "show a running cluster: live on a terminal, else once",
     "admin": "change a running cluster: drain, add, remove, resize, flush, log level",
+    "leave": "take this host out of a Ray cluster, once its workers have moved",
     "generate": "send one prompt and print the answer as it comes",
     "bench": "offer load to a server and measure how it is answered",
     "doctor": "check whether this machine can run a cluster",
@@ -90,6 +91,16 @@ def _add_doctor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="the findings as one JSON object")
 
 
+def _add_leave(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--address", required=True, metavar="HOST:PORT", help="of the Ray cluster's head"
+    )
+    parser.add_argument("--host", default="", help="this host's address in it; default: found out")
+    parser.add_argument(
+        "--within", type=float, default=60.0, metavar="S", help="seconds to wait; default: 60"
+    )
+
+
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     _add_reach(parser)
     parser.add_argument("prompt", help="what to ask; - reads it from standard input")
@@ -145,6 +156,7 @@ def _parser() -> argparse.ArgumentParser:
         "up": _add_up,
         "status": _add_status,
         "admin": lambda parser: add_admin(parser, _add_config),
+        "leave": _add_leave,
         "generate": _add_generate,
         "bench": _add_bench,
         "doctor": _add_doctor,

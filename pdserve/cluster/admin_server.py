@@ -1,6 +1,8 @@
 """The admin service's server: a port and a thread of its own in the process that owns the cluster.
 
 start (listens, writes admin.json) -> ... -> stop (ends changes under way, removes admin.json)
+
+On a joined Ray the same thread looks after hosts that leave: both change the pools, one at a time.
 """
 
 from __future__ import annotations
@@ -8,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from pdserve.cluster import router_view
 from pdserve.cluster.admin_access import AdminAccess, access_text
 from pdserve.cluster.admin_service import AdminService
 from pdserve.cluster.fleet import Fleet
+from pdserve.cluster.leaving import Leaving
 from pdserve.cluster.membership import Membership
 from pdserve.cluster.owner_calls import OwnerCalls
 from pdserve.cluster.pools import Pools, plan_worker
@@ -31,6 +35,14 @@ _START_S = 10.0
 _STOP_S = 20.0
 
 
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What runs in the server's loop."""
+
+    service: AdminService
+    leaving: Leaving | None  # None: on a Ray of our own no host leaves
+
+
 class AdminServer:
     """``identity`` is the owner's; ``caller`` is what admin.json lets its reader be."""
 
@@ -39,13 +51,13 @@ class AdminServer:
         config: AdminConfig,
         identity: Identity,
         caller: Identity,
-        make_service: Callable[[], AdminService],
+        make_served: Callable[[], Served],
         state_dir: Path,
     ) -> None:
         self._config = config
         self._identity = identity
         self._caller = caller
-        self._make_service = make_service
+        self._make_served = make_served
         self._path = state_dir / ADMIN_FILE
         self.address = ""
         self._loop = asyncio.new_event_loop()
@@ -80,17 +92,21 @@ class AdminServer:
             self._loop.close()
 
     async def _serve(self) -> None:
-        service = self._make_service()
+        served = self._make_served()
         server = make_server(self._identity)
-        admin_pb2_grpc.add_AdminServicer_to_server(service, server)
+        admin_pb2_grpc.add_AdminServicer_to_server(served.service, server)
         host = self._config.host
         port = bind(server, f"{_bracketed(host)}:{self._config.port}", self._identity.tls)
         await server.start()
         self.address = f"{_bracketed(host)}:{port}"
         write_private(self._path, access_text(AdminAccess(self.address, self._caller)))
         self._listening.set()
+        watches = [asyncio.create_task(served.leaving.run())] if served.leaving is not None else []
         await self._stop.wait()
-        await service.close()
+        for watch in watches:
+            watch.cancel()
+        await asyncio.gather(*watches, return_exceptions=True)
+        await served.service.close()
         await server.stop(1.0)
 
 
@@ -113,7 +129,7 @@ def admin_for(
     tls = internal_tls(config.security)
     owner = mint(token, Caller.SUPERVISOR, tls=tls)
 
-    def make_service() -> AdminService:
+    def make_served() -> Served:
         calls = OwnerCalls(owner, lambda: router.addresses.internal)
         fleet = Fleet(
             config,
@@ -124,10 +140,11 @@ def admin_for(
             lambda: router_view.states(access),
             note,
         )
-        return AdminService(fleet, membership, calls, note)
+        leaving = None if ray.owned else Leaving(fleet, membership, note)
+        return Served(AdminService(fleet, membership, calls, note), leaving)
 
     caller = mint(token, Caller.ADMIN, tls=tls)
     if path := config.admin.token_file:
         caller = admin_caller(read_token(path, "admin.token_file"), tls=tls)
     served = taking_admin(owner, caller)
-    return AdminServer(config.admin, served, caller, make_service, state_dir)
+    return AdminServer(config.admin, served, caller, make_served, state_dir)

@@ -2,6 +2,7 @@
 
     drain    SERVE -> DRAIN -> idle, or the time is up: LEAVE -> idle      (undrain: -> SERVE)
     remove   drain -> out of the plan -> its process ends
+    move     drain -> its process ends -> another is asked for, with the duty that it had
     add      into the plan -> present, and ready for the router; else out of the plan again
     resize   the adds, and when all of them take work, the removals
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from pdserve.cluster.first_workers import all_present, trouble_of
@@ -117,6 +118,32 @@ class Fleet:
         with self._alone(f"remove {worker}"):
             check_remove(self.members(), worker, self.rules)
             return Resized(removed=(await self._remove(worker, drain_s),))
+
+    async def move(self, workers: Sequence[WorkerId]) -> tuple[Drained, ...]:
+        """Off hosts that Ray puts nothing on any more. They stay in the plan, as they were.
+
+        Returns when Ray was asked for others in their place; these start when there is room. One
+        that could not be drained goes on where it is, and the first such error is raised.
+        """
+        with self._alone(f"move {', '.join(workers)}"):
+            check_idle(self.members(), workers, self.rules)
+            duties = self._membership.duties
+            drains = (self._drain(worker, None) for worker in workers)
+            ends = await asyncio.gather(*drains, return_exceptions=True)
+            moved: list[Drained] = []
+            failures: list[BaseException] = []
+            for worker, end in zip(workers, ends, strict=True):
+                if isinstance(end, BaseException):
+                    self._membership.set_duty(worker, duties[worker])
+                    failures.append(end)
+                    continue
+                await self._end(worker)
+                actor = await asyncio.to_thread(self._pools.add_again, worker)
+                self._membership.add(worker, actor, duties[worker])
+                moved.append(end)
+            if failures:
+                raise failures[0]
+            return tuple(moved)
 
     async def add(self, role: Role, count: int) -> Resized:
         with self._alone(f"add {role.value} {count}"):

@@ -112,6 +112,7 @@ class Membership:
         self._on_failure = on_failure
         self._failure: PdserveError | None = None
         self._seen = {worker: Seen() for worker in actors}
+        self._dropped: set[WorkerId] = set()  # whose watchers are to end
         self._changed = threading.Condition()
         # The router's generation, and what it was told.
         self._pushed: _Truth | None = None
@@ -142,11 +143,11 @@ class Membership:
 
     # ---- the plan: who is to exist, and for what -------------------------------------------------
 
-    def add(self, worker: WorkerId, actor: Any) -> None:
+    def add(self, worker: WorkerId, actor: Any, duty: Duty = Duty.SERVE) -> None:
         """One more is to exist."""
         with self._changed:
             self._actors[worker] = actor
-            self._duties[worker] = Duty.SERVE
+            self._duties[worker] = duty
             self._seen[worker] = Seen()
         self._tell(self._replanned)
 
@@ -155,6 +156,7 @@ class Membership:
         with self._changed:
             for known in (self._actors, self._duties, self._seen):
                 known.pop(worker, None)
+            self._dropped.add(worker)
             self._changed.notify_all()
         self._tell(self._replanned)
 
@@ -250,7 +252,9 @@ class Membership:
     def _follow_plan(self) -> None:
         with self._changed:
             actors = dict(self._actors)
-        for worker in self._watchers.keys() - actors.keys():
+            dropped, self._dropped = self._dropped, set()
+        # Who was dropped and added anew has another actor.
+        for worker in self._watchers.keys() & dropped:
             self._watchers.pop(worker).cancel()
         for worker in actors.keys() - self._watchers.keys():
             watcher = asyncio.create_task(self._watch(worker, actors[worker]))

@@ -141,8 +141,8 @@ class Pools:
         self.plans = tuple(plans)
         self.actors: dict[WorkerId, Any] = {}
         self._groups: dict[WorkerId, PlacementGroup] = {}
-        self._renewed: dict[WorkerId, int] = {}
-        self._added: dict[WorkerId, WorkerPlan] = {}
+        self._names: dict[WorkerId, int] = {}  # how many names a worker has used up
+        self._added: dict[WorkerId, WorkerPlan] = {}  # gone ones too
         self._changing = threading.Lock()  # of who has which actor
         self._memory: Mapping[str, Memory] = {}
 
@@ -166,10 +166,15 @@ class Pools:
         """Ends a worker for good: in order where it is ``present``, within ``timeout_s``."""
         with self._changing:
             actor, group = self.actors.pop(worker), self._groups.pop(worker)
+            self._names[worker] = self._names.get(worker, 0) + 1
         if present:
             ray.wait([actor.stop.remote(0.0)], timeout=timeout_s)
         ray.kill(actor, no_restart=True)
         remove_placement_group(group)
+
+    def add_again(self, worker: WorkerId) -> Any:
+        """One that was removed, as it was planned; it starts where there is room now."""
+        return self.add(self._added[worker])
 
     def renew(self, worker: WorkerId, silent: Any) -> Any | None:
         """Another actor in the place of one that Ray says nothing of any more; None: it may not.
@@ -185,7 +190,7 @@ class Pools:
             if actor is None or actor is not silent:
                 return actor
             group = self._groups[worker]
-            self._renewed[worker] = self._renewed.get(worker, 0) + 1
+            self._names[worker] = self._names.get(worker, 0) + 1
         ray.kill(actor, no_restart=True)
         made = self._actor(self._added[worker], group)
         with self._changing:
@@ -232,7 +237,7 @@ class Pools:
         restarts = -1 if self._spec.config.pools.restart_workers else 0
         options: dict[str, Any] = {
             # An actor gives its name back some time after its end.
-            "name": f"{plan.id}.{self._renewed.get(plan.id, 0)}",
+            "name": f"{plan.id}.{self._names.get(plan.id, 0)}",
             "namespace": namespace_of(self._spec.config),
             "lifetime": "detached",
             # Two cores hold more than two workers; threads are set by the worker itself.

@@ -99,7 +99,7 @@ def start_ray(
             env = {**access, **_own(mark, threads)}
             head, address = _start_head(temp_dir, env, on_death, fault_tolerance)
         elif address != "auto":
-            _check_reachable(address)
+            check_reachable(address, "pools.ray_address")
         try:
             with _loopback_alone() if local else nullcontext():
                 _connect(address)
@@ -219,17 +219,20 @@ def _connect(address: str) -> None:
             raise ConfigError(f"cannot connect to Ray at {address}: {reason[0]}") from error
 
 
-def _check_reachable(address: str) -> None:
-    """Ray itself would try for minutes."""
-    host, _, port = address.rpartition(":")
+def check_reachable(address: str, param: str) -> None:
+    """ConfigError of the setting ``param``; Ray itself would try for minutes."""
     try:
-        socket.create_connection((host, int(port)), _CONNECT_TIMEOUT_S).close()
+        socket.create_connection(host_and_port(address), _CONNECT_TIMEOUT_S).close()
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConfigError(
-            f"pools.ray_address = {address!r}: cannot join this Ray: {reason}",
-            param="pools.ray_address",
+            f"{param} = {address!r}: cannot join this Ray: {reason}", param=param
         ) from error
+
+
+def host_and_port(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
 
 
 def _ray() -> Any:

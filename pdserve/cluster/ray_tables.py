@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import ray
 from ray._private.state import actors
+from ray._private.state import state as control_plane
 from ray.exceptions import RayError
 
 T = TypeVar("T")
@@ -27,6 +28,20 @@ def process_of(actor: Any) -> int:
     """
     entry = actors(actor._actor_id.hex())
     return int(entry["Pid"]) if entry.get("State") == "ALIVE" else 0
+
+
+def leaving_hosts() -> frozenset[str]:
+    """Addresses of living hosts that were told to end once nothing runs there. May block.
+
+    ``pdserve leave`` tells a host so, an autoscaler or a cloud's notice of a preemption as well. Of
+    Ray's public calls none says it.
+    """
+    draining = control_plane.get_draining_nodes()
+    return frozenset(
+        str(node["NodeManagerAddress"])
+        for node in ray.nodes()
+        if node["Alive"] and node["NodeID"] in draining
+    )
 
 
 class RayTables:
@@ -44,6 +59,9 @@ class RayTables:
         if self._nodes is None or self._nodes.done():
             self._nodes = self._call(ray.nodes)
         return await _soon(asyncio.shield(self._nodes))
+
+    async def leaving_hosts(self) -> frozenset[str] | None:
+        return await _soon(self._call(leaving_hosts))
 
     async def process_of(self, actor: Any) -> int | None:
         return await _soon(self._call(lambda: process_of(actor)))

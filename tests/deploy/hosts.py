@@ -251,6 +251,11 @@ class Hosts:
         words = ["ip", "-n", self.site.hub, "link", "set", port, state]
         subprocess.run(words, check=True, capture_output=True, timeout=10)
 
+    def leave(self, host: str, within_s: float) -> subprocess.CompletedProcess[str]:
+        """What a host's own service manager, or its pod's preStop, runs first."""
+        command = f"exec pdserve leave --address head:6379 --within {within_s:g}"
+        return self.pod(host).run(command, self.env(host), timeout=within_s + 30)
+
     def kill_raylet(self, host: str) -> None:
         (raylet,) = self.pod(host).pids("raylet")
         self.pod(host).kill(raylet)

@@ -115,6 +115,12 @@ class Release:
         (container,) = self.templates["test"]["spec"]["containers"]
         return self._run("test", container)
 
+    def execute(self, component: str, words: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        """A command beside the container's own, as the kubelet runs a hook."""
+        (container,) = self.templates[component]["spec"]["containers"]
+        env = self._env(component, container)
+        return self.pod(component).run("exec " + shlex.join(words), env, timeout=120)
+
     def probe_ray(self, component: str, timeout_s: float = 60.0) -> None:
         """Waits until the container's gRPC probe is answered, as the kubelet asks: no token."""
         (container,) = self.templates[component]["spec"]["containers"]

@@ -16,6 +16,7 @@ from tests.deploy.tools import (
     CHART,
     CRD_FOLDER,
     PROFILES,
+    RELEASE,
     Manifest,
     of_kind,
     one,
@@ -284,6 +285,18 @@ def test_the_drain_ends_before_the_grace(profile: str, sets: tuple[str, ...]) ->
     *_, pause = container["lifecycle"]["preStop"]["exec"]["command"]
     config = config_from_dict(yaml.safe_load(config_map(objects)["data"]["pdserve.yaml"]))
     assert int(pause) + config.timers.drain_s < spec["terminationGracePeriodSeconds"]
+
+
+@pytest.mark.parametrize("drain_s", [30, 300])
+def test_workers_leave_their_pod_before_the_grace_ends(drain_s: int) -> None:
+    templates = pod_templates(render("", f"config.timers.drain_s={drain_s}"))
+    for role in ("prefill", "decode"):
+        spec = templates[role]["spec"]
+        (container,) = spec["containers"]
+        *command, within = container["lifecycle"]["preStop"]["exec"]["command"]
+        head = f"{RELEASE}-pdserve-head-svc:6379"
+        assert command == ["pdserve", "leave", "--address", head, "--within"]
+        assert drain_s < int(within) < spec["terminationGracePeriodSeconds"]
 
 
 def test_a_longer_drain_gets_a_longer_grace() -> None:

@@ -197,6 +197,19 @@ def test_a_worker_that_dies_after_the_heads_return_is_back_as_well(release: Rele
     assert lose_worker(release) == 0
 
 
+def test_the_last_worker_of_its_kind_serves_until_its_pod_ends(release: Release) -> None:
+    """The hook of a pod that is to end, with less time than the kubelet gives it."""
+    (container,) = release.templates["decode"]["spec"]["containers"]
+    words = container["lifecycle"]["preStop"]["exec"]["command"]
+    assert words[-2] == "--within"
+    done = release.execute("decode", [*words[:-1], "4"])
+    assert done.returncode == 1, done.stdout
+    assert "workers still run here after 4 s" in done.stderr
+    log = release.pod("router").log.read_text(errors="replace")
+    assert "decode-0: on a host that leaves, and nobody else could do their work" in log
+    assert release.ask().returncode == 0
+
+
 def test_the_router_drains_within_its_grace(release: Release) -> None:
     spec = release.templates["router"]["spec"]
     grace = spec["terminationGracePeriodSeconds"]

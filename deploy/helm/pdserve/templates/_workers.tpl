@@ -43,7 +43,7 @@ priorityClassName: {{ . }}
       serviceAccountName: {{ include "pdserve.fullname" $root }}
       automountServiceAccountToken: false
       enableServiceLinks: false
-      terminationGracePeriodSeconds: {{ .group.terminationGracePeriodSeconds }}
+      terminationGracePeriodSeconds: {{ max .group.terminationGracePeriodSeconds (add (include "pdserve.drainSeconds" $root) 30) }}
       {{- with .group.runtimeClassName }}
       runtimeClassName: {{ . }}
       {{- end }}
@@ -70,6 +70,11 @@ priorityClassName: {{ . }}
           ports:
             - {name: node-manager, containerPort: 6380}
           {{- include "pdserve.rayProbes" $root | nindent 10 }}
+          lifecycle:
+            preStop:
+              exec:
+                # Its workers end what they write, or hand it over, and start on other pods.
+                command: [pdserve, leave, --address, {{ include "pdserve.headAddress" $root }}, --within, {{ add (include "pdserve.drainSeconds" $root) 15 | quote }}]
           resources:
             {{- toYaml .group.resources | nindent 12 }}
           securityContext:
