@@ -62,6 +62,25 @@ def elsewhere(error: PdserveError) -> bool:
     return error.retryable or isinstance(error, TransferError | InternalError)
 
 
+def refusal(attempt_id: bytes, error: PdserveError) -> worker_pb2.AttemptEvent:
+    """The end of an attempt of which nothing else is told."""
+    return worker_pb2.AttemptEvent(
+        attempt_id=attempt_id,
+        failure=worker_pb2.AttemptFailure(
+            code=error.code,
+            message=str(error),
+            retryable=elsewhere(error),
+            retry_after_ms=int(1000 * (error.retry_after_s or 0)),
+        ),
+    )
+
+
+def _is_last(event: SequenceEvent) -> bool:
+    return isinstance(event, api.Failed) or (
+        isinstance(event, api.Tokens) and event.finish is not None
+    )
+
+
 class Attempt:
     """One StartAttempt. ``emit`` hands events to the session; ``ended`` comes last."""
 
@@ -223,6 +242,9 @@ class Attempt:
             effects = self._engine_says(event)
         except Exception as error:
             self._broke(error)
+            if _is_last(event) and self._machine.state is not protocol.State.ENDED:
+                # It says no more, and what waits for its last word waits for this.
+                self._perform(self._machine.engine_failed(InternalError("broke at its end")))
         else:
             self._perform(effects)
 
@@ -333,7 +355,6 @@ class Attempt:
             self._prompt_logprobs += convert.prompt_logprobs_to_proto(source.prompt_logprobs)
 
     def _emit_failure(self, effect: protocol.EmitFailure) -> None:
-        self._end_told = True
         error = effect.error
         retryable = elsewhere(error)
         failure = worker_pb2.AttemptFailure(
@@ -349,6 +370,7 @@ class Attempt:
         self._emit(
             worker_pb2.AttemptEvent(attempt_id=self._submit.seq, failure=failure, phases=phases)
         )
+        self._end_told = True
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -364,10 +386,10 @@ class Attempt:
         """A bug of ours: the router is answered, and nobody goes on to hold anything for this."""
         logger.error("attempt %s broke", self._submit.seq.hex(), exc_info=error)
         failure = InternalError("the decode worker failed to serve this attempt")
-        told: list[protocol.Effect] = []
         if not self._end_told:
-            told = [protocol.EmitFailure(failure, peer_at_fault=False)]
-        self._perform([*told, *self._machine.cancel(failure)])
+            self._end_told = True
+            self._emit(refusal(self._submit.seq, failure))
+        self._perform(self._machine.cancel(failure))
         if self._peer is not None:
             # The machine may think that it was told.
             self._peer.drop()

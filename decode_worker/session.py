@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable
 
 import grpc
 
-from decode_worker.attempt import Attempt, AttemptServices, elsewhere
+from decode_worker.attempt import Attempt, AttemptServices, refusal
 from pdserve.engine import api
 from pdserve.errors import (
     Draining,
@@ -131,7 +131,7 @@ class _Session:
         try:
             submit = self._admit(start)
         except PdserveError as error:
-            self._emit(_refusal(attempt_id, error))
+            self._emit(refusal(attempt_id, error))
             return
         attempt = Attempt(
             self._services,
@@ -151,7 +151,7 @@ class _Session:
             # The engine never had it, so nobody else will say that it is over.
             self._services.bridge.forget(submit.seq)
             self._ended(attempt_id)
-            self._emit(_refusal(attempt_id, failure))
+            self._emit(refusal(attempt_id, failure))
 
     def _admit(self, start: worker_pb2.StartAttempt) -> api.Submit:
         facts = self._services.facts
@@ -189,15 +189,3 @@ class _Session:
     def _close(self) -> None:
         self._closed = True
         self._wake.set()
-
-
-def _refusal(attempt_id: bytes, error: PdserveError) -> worker_pb2.AttemptEvent:
-    return worker_pb2.AttemptEvent(
-        attempt_id=attempt_id,
-        failure=worker_pb2.AttemptFailure(
-            code=error.code,
-            message=str(error),
-            retryable=elsewhere(error),
-            retry_after_ms=int(1000 * (error.retry_after_s or 0)),
-        ),
-    )

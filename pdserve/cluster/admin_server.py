@@ -140,7 +140,7 @@ def admin_for(
             lambda: router_view.states(access),
             note,
         )
-        leaving = None if ray.owned else Leaving(fleet, membership, note)
+        leaving = None if ray.owned else Leaving(fleet, membership, pools.groups, note)
         return Served(AdminService(fleet, membership, calls, note), leaving)
 
     caller = mint(token, Caller.ADMIN, tls=tls)

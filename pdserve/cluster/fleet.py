@@ -3,6 +3,7 @@
     drain    SERVE -> DRAIN -> idle, or the time is up: LEAVE -> idle      (undrain: -> SERVE)
     remove   drain -> out of the plan -> its process ends
     move     drain -> its process ends -> another is asked for, with the duty that it had
+             an error on the way: unmoved, to be moved again
     add      into the plan -> present, and ready for the router; else out of the plan again
     resize   the adds, and when all of them take work, the removals
 
@@ -80,6 +81,8 @@ class Fleet:
         self._states = states
         self._note = note
         self.under_way = ""
+        self._unmoved: dict[WorkerId, Duty] = {}  # with the duty that each is to have again
+        self._replacing = asyncio.Lock()  # of one worker at a time
 
     def members(self) -> Members:
         """Every worker that is to exist."""
@@ -96,6 +99,11 @@ class Fleet:
                 f"worker: {name!r} is none of this cluster's: {', '.join(members)}", param="worker"
             )
         return WorkerId(name)
+
+    async def ready(self) -> frozenset[WorkerId]:
+        """Those that the router gives work to. PdserveError while it does not answer."""
+        states = await asyncio.to_thread(self._states)
+        return frozenset(worker for worker, state in states.items() if state == "ready")
 
     # ---- the changes -----------------------------------------------------------------------------
 
@@ -122,28 +130,21 @@ class Fleet:
     async def move(self, workers: Sequence[WorkerId]) -> tuple[Drained, ...]:
         """Off hosts that Ray puts nothing on any more. They stay in the plan, as they were.
 
-        Returns when Ray was asked for others in their place; these start when there is room. One
-        that could not be drained goes on where it is, and the first such error is raised.
+        Whoever asks has made sure that others can do their work. Returns when Ray was asked for
+        others in their place; these start when there is room. Raises the first error: a worker that
+        could not be drained goes on where it is, one of ``unmoved`` is to be moved again.
         """
         with self._alone(f"move {', '.join(workers)}"):
-            check_idle(self.members(), workers, self.rules)
-            duties = self._membership.duties
-            drains = (self._drain(worker, None) for worker in workers)
-            ends = await asyncio.gather(*drains, return_exceptions=True)
-            moved: list[Drained] = []
-            failures: list[BaseException] = []
-            for worker, end in zip(workers, ends, strict=True):
-                if isinstance(end, BaseException):
-                    self._membership.set_duty(worker, duties[worker])
-                    failures.append(end)
-                    continue
-                await self._end(worker)
-                actor = await asyncio.to_thread(self._pools.add_again, worker)
-                self._membership.add(worker, actor, duties[worker])
-                moved.append(end)
-            if failures:
-                raise failures[0]
-            return tuple(moved)
+            ends = await asyncio.gather(*map(self._move, workers), return_exceptions=True)
+        for end in ends:
+            if isinstance(end, BaseException):
+                raise end
+        return tuple(end for end in ends if isinstance(end, Drained))
+
+    @property
+    def unmoved(self) -> frozenset[WorkerId]:
+        """Their processes were to end, and Ray could not be asked for others."""
+        return frozenset(self._unmoved)
 
     async def add(self, role: Role, count: int) -> Resized:
         with self._alone(f"add {role.value} {count}"):
@@ -198,10 +199,8 @@ class Fleet:
             seen = {w: one for w, one in self._membership.seen.items() if w in workers}
             if (trouble := trouble_of(seen)) is not None:
                 raise trouble.error()
-            if all_present(seen):
-                states = await asyncio.to_thread(self._states)
-                if all(states.get(worker) == "ready" for worker in workers):
-                    return
+            if all_present(seen) and await self.ready() >= set(workers):
+                return
             if time.monotonic() >= limit:
                 late = ", ".join(w for w in workers if seen[w].facts is None) or "the router"
                 raise DeadlineExceeded(
@@ -217,10 +216,30 @@ class Fleet:
         return drained
 
     async def _end(self, worker: WorkerId) -> None:
-        seen = self._membership.seen.get(worker)
+        present = self._is_present(worker)
+        self._unmoved.pop(worker, None)
         self._membership.drop(worker)
-        present = seen is not None and seen.facts is not None
         await asyncio.to_thread(self._pools.remove, worker, present, STOP_S)
+
+    async def _move(self, worker: WorkerId) -> Drained:
+        duty = self._unmoved.get(worker) or self._membership.duties[worker]
+        try:
+            drained = await self._drain(worker, None)
+        except BaseException:
+            self._membership.set_duty(worker, duty)
+            raise
+        self._unmoved[worker] = duty
+        async with self._replacing:
+            present = self._is_present(worker)
+            self._membership.vacate(worker)
+            actor = await asyncio.to_thread(self._pools.replace, worker, present, STOP_S)
+        self._membership.add(worker, actor, duty)
+        del self._unmoved[worker]
+        return drained
+
+    def _is_present(self, worker: WorkerId) -> bool:
+        seen = self._membership.seen.get(worker)
+        return seen is not None and seen.facts is not None
 
     async def _drain(self, worker: WorkerId, drain_s: float | None) -> Drained:
         bound = self._timers.drain_s if drain_s is None else drain_s

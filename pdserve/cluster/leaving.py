@@ -1,7 +1,7 @@
 """Moves workers off hosts that are to leave a joined Ray, before they go.
 
 look (each second) -> nobody leaves
-                   -> workers on hosts that leave, and others can do their work -> Fleet.move
+                   -> workers whose places are there, and others do their work -> Fleet.move
                    -> the last of their kind stay and serve; asked again with the next look
 
 A host that leaves without this loses its workers as one that dies: streams go on elsewhere then,
@@ -14,10 +14,11 @@ import asyncio
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 
+from ray.util.placement_group import PlacementGroup
+
 from pdserve.cluster.fleet import Fleet
 from pdserve.cluster.membership import Membership
 from pdserve.cluster.ray_tables import RayTables
-from pdserve.cluster.seen import Seen
 from pdserve.cluster.sizes import Members, PoolRules, check_idle
 from pdserve.errors import NotAllowed, PdserveError
 from pdserve.types import WorkerId
@@ -27,20 +28,21 @@ logger = logging.getLogger(__name__)
 LOOK_S = 1.0
 
 
-def on_hosts(seen: Mapping[WorkerId, Seen], hosts: Collection[str]) -> list[WorkerId]:
-    """Workers that exist there."""
-    return [w for w, one in seen.items() if one.facts is not None and one.facts.node in hosts]
-
-
 def may_go(
-    members: Members, present: Collection[WorkerId], asked: Sequence[WorkerId], rules: PoolRules
+    members: Members,
+    present: Collection[WorkerId],
+    ready: Collection[WorkerId],
+    asked: Sequence[WorkerId],
+    rules: PoolRules,
 ) -> list[WorkerId]:
-    """Those of ``asked`` that may go at once: others are ``present`` who can do their work."""
-    here = {worker: member for worker, member in members.items() if worker in present}
-    going: list[WorkerId] = []
+    """Those of ``asked`` that may go at once: they are not ``present``, or others are ``ready``."""
+    going = [worker for worker in asked if worker not in present]
+    serving = {worker: member for worker, member in members.items() if worker in ready}
     for worker in asked:
+        if worker in going:
+            continue
         try:
-            check_idle(here, [*going, worker], rules)
+            check_idle(serving, [*going, worker], rules)
         except NotAllowed:
             continue
         going.append(worker)
@@ -50,9 +52,16 @@ def may_go(
 class Leaving:
     """Used in the event loop of its fleet."""
 
-    def __init__(self, fleet: Fleet, membership: Membership, note: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        membership: Membership,
+        places: Callable[[], Mapping[WorkerId, PlacementGroup]],
+        note: Callable[[str], None],
+    ) -> None:
         self._fleet = fleet
         self._membership = membership
+        self._places = places
         self._note = note
         self._told: frozenset[WorkerId] = frozenset()  # of whom it was said that they cannot go
 
@@ -63,7 +72,8 @@ class Leaving:
             while True:
                 await asyncio.sleep(LOOK_S)
                 try:
-                    await self._look(await tables.leaving_hosts() or frozenset())
+                    leaving = await tables.leaving(self._places()) or frozenset()
+                    await self._look(leaving | self._fleet.unmoved)
                 except PdserveError as error:
                     self._note(f"not all moved: {error.code}: {error}")
                 except Exception:  # Ray's are of many kinds; the next look tries again
@@ -71,16 +81,22 @@ class Leaving:
         finally:
             tables.close()
 
-    async def _look(self, hosts: frozenset[str]) -> None:
-        seen, members = self._membership.seen, self._fleet.members()
-        asked = [worker for worker in on_hosts(seen, hosts) if worker in members]
-        present = [worker for worker, one in seen.items() if one.facts is not None]
-        going = may_go(members, present, asked, self._fleet.rules)
-        self._tell(frozenset(asked) - frozenset(going))
-        if not going or self._fleet.under_way:
+    async def _look(self, leaving: frozenset[WorkerId]) -> None:
+        members = self._fleet.members()
+        asked = [worker for worker in members if worker in leaving]
+        if not asked or self._fleet.under_way:
             return
-        self._note(f"{', '.join(going)}: on a host that leaves, moving")
-        await self._fleet.move(going)
+        try:
+            ready = await self._fleet.ready()
+        except PdserveError as error:
+            logger.info("who could do the work of others is not known: %s", error)
+            return
+        present = [facts.id for facts in self._membership.workers()]
+        going = may_go(members, present, ready, asked, self._fleet.rules)
+        self._tell(frozenset(asked) - frozenset(going))
+        if going and not self._fleet.under_way:
+            self._note(f"{', '.join(going)}: on a host that leaves, moving")
+            await self._fleet.move(going)
 
     def _tell(self, staying: frozenset[WorkerId]) -> None:
         if staying and staying != self._told:

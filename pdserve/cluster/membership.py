@@ -144,11 +144,20 @@ class Membership:
     # ---- the plan: who is to exist, and for what -------------------------------------------------
 
     def add(self, worker: WorkerId, actor: Any, duty: Duty = Duty.SERVE) -> None:
-        """One more is to exist."""
+        """One more is to exist, or this one in the place of one that was vacated."""
         with self._changed:
             self._actors[worker] = actor
             self._duties[worker] = duty
             self._seen[worker] = Seen()
+        self._tell(self._replanned)
+
+    def vacate(self, worker: WorkerId) -> None:
+        """Its process is ended on purpose: nobody asks for it until ``add`` names another."""
+        with self._changed:
+            self._actors.pop(worker, None)
+            self._seen[worker] = Seen()
+            self._dropped.add(worker)
+            self._changed.notify_all()
         self._tell(self._replanned)
 
     def drop(self, worker: WorkerId) -> None:
@@ -281,9 +290,9 @@ class Membership:
             logger.warning("%s: asking it failed: %s", worker, type(error).__name__)
         else:
             if isinstance(answer, WorkerFacts):
-                self._take(worker, described, answer)
+                self._take(worker, actor, described, answer)
             else:
-                self._take(worker, refused, answer)
+                self._take(worker, actor, refused, answer)
         return False
 
     async def _judge(self, worker: WorkerId, actor: Any, unavailable: bool) -> bool:
@@ -291,13 +300,13 @@ class Membership:
         if await self._tables.nodes() is None:
             return False
         if not unavailable:
-            self._take(worker, gone)
+            self._take(worker, actor, gone)
             return True
         facts = self._before(worker).facts
         if facts is not None and await self._tables.process_of(actor) in (None, facts.pid):
-            self._take(worker, out_of_reach)
+            self._take(worker, actor, out_of_reach)
             return False
-        self._take(worker, gone)
+        self._take(worker, actor, gone)
         return self._before(worker).fruitless >= UNAVAILABLE_TIMES
 
     async def _renewed(self, worker: WorkerId, actor: Any) -> Any | None:
@@ -312,24 +321,30 @@ class Membership:
         if made is None:
             return None
         with self._changed:
-            if worker in self._actors:
-                self._actors[worker] = made
+            if self._actors.get(worker) is not actor:
+                return None
+            self._actors[worker] = made
         return made
 
     def _before(self, worker: WorkerId) -> Seen:
         with self._changed:
             return self._seen.get(worker, Seen())
 
-    def _take(self, worker: WorkerId, step: Callable[..., Step], *answer: object) -> None:
-        taken = step(self._before(worker), *answer)
-        if taken.note:
-            self._note(f"{worker} {taken.note}")
+    def _take(
+        self, worker: WorkerId, actor: Any, step: Callable[..., Step], *answer: object
+    ) -> None:
+        """What is said of an actor that has been replaced says nothing of its worker."""
         with self._changed:
-            if taken.seen == self._seen.get(worker) or worker not in self._actors:
+            if self._actors.get(worker) is not actor:
                 return
+            before = self._seen[worker]
+            taken = step(before, *answer)
             self._seen[worker] = taken.seen
             self._changed.notify_all()
-        self._poke.set()
+        if taken.note:
+            self._note(f"{worker} {taken.note}")
+        if taken.seen != before:
+            self._poke.set()
 
     async def _look_for_control_plane(self) -> None:
         head: frozenset[str] = frozenset()

@@ -16,6 +16,7 @@ import logging
 import math
 import threading
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,7 +144,9 @@ class Pools:
         self._groups: dict[WorkerId, PlacementGroup] = {}
         self._names: dict[WorkerId, int] = {}  # how many names a worker has used up
         self._added: dict[WorkerId, WorkerPlan] = {}  # gone ones too
-        self._changing = threading.Lock()  # of who has which actor
+        self._ended: weakref.WeakSet[Any] = weakref.WeakSet()  # actors that were ended on purpose
+        self._stopped = False
+        self._changing = threading.Lock()  # of who has which actor, and of all above
         self._memory: Mapping[str, Memory] = {}
 
     def create(self) -> None:
@@ -155,26 +158,59 @@ class Pools:
 
     def add(self, plan: WorkerPlan) -> Any:
         """Asks Ray for one more actor, and returns its handle."""
-        group = self._groups[plan.id] = placement_group([_bundle(plan)], lifetime="detached")
         self._added[plan.id] = plan
-        actor = self.actors[plan.id] = self._actor(plan, group)
-        # The start begins with the first question; membership asks again and hears the answer.
-        actor.describe.remote()
+        name = self._name(plan.id)
+        # Named, so that a later run finds what a killed one left.
+        group = placement_group(
+            [_bundle(plan)], lifetime="detached", name=f"{namespace_of(self._spec.config)}/{name}"
+        )
+        with self._changing:
+            self._groups[plan.id] = group
+        actor = self._actor(plan, group, name)
+        with self._changing:
+            self.actors[plan.id] = actor
+            stopped = self._stopped
+        if stopped:
+            _kill(actor, group)
+        else:
+            # The start begins with the first question; membership asks again, and hears the answer.
+            actor.describe.remote()
         return actor
 
     def remove(self, worker: WorkerId, present: bool, timeout_s: float) -> None:
         """Ends a worker for good: in order where it is ``present``, within ``timeout_s``."""
+        self._end(worker, present, timeout_s)
         with self._changing:
-            actor, group = self.actors.pop(worker), self._groups.pop(worker)
-            self._names[worker] = self._names.get(worker, 0) + 1
+            for known in (self.actors, self._groups):
+                known.pop(worker, None)
+
+    def replace(self, worker: WorkerId, present: bool, timeout_s: float) -> Any:
+        """Ends a worker, and asks for another as it was planned, wherever there is room now.
+
+        May be called again after it raised.
+        """
+        self._end(worker, present, timeout_s)
+        return self.add(self._added[worker])
+
+    def groups(self) -> dict[WorkerId, PlacementGroup]:
+        """Where Ray puts each worker."""
+        with self._changing:
+            return dict(self._groups)
+
+    def _end(self, worker: WorkerId, present: bool, timeout_s: float) -> None:
+        with self._changing:
+            actor, group = self.actors[worker], self._groups[worker]
+            self._ended.add(actor)
         if present:
             ray.wait([actor.stop.remote(0.0)], timeout=timeout_s)
-        ray.kill(actor, no_restart=True)
-        remove_placement_group(group)
+        _kill(actor, group)
 
-    def add_again(self, worker: WorkerId) -> Any:
-        """One that was removed, as it was planned; it starts where there is room now."""
-        return self.add(self._added[worker])
+    def _name(self, worker: WorkerId) -> str:
+        """Another one each time: Ray gives a name back some time after its holder's end."""
+        with self._changing:
+            number = self._names.get(worker, 0)
+            self._names[worker] = number + 1
+        return f"{worker}.{number}"
 
     def renew(self, worker: WorkerId, silent: Any) -> Any | None:
         """Another actor in the place of one that Ray says nothing of any more; None: it may not.
@@ -187,14 +223,15 @@ class Pools:
             return None
         with self._changing:
             actor = self.actors.get(worker)
-            if actor is None or actor is not silent:
+            if actor is None or actor in self._ended:
+                return None
+            if actor is not silent:
                 return actor
             group = self._groups[worker]
-            self._names[worker] = self._names.get(worker, 0) + 1
         ray.kill(actor, no_restart=True)
-        made = self._actor(self._added[worker], group)
+        made = self._actor(self._added[worker], group, self._name(worker))
         with self._changing:
-            if self.actors.get(worker) is actor:
+            if self.actors.get(worker) is actor and actor not in self._ended:
                 self.actors[worker] = made
                 made.describe.remote()
                 return made
@@ -217,15 +254,17 @@ class Pools:
         thread.join(timeout_s + _RAY_CALLS_S)
 
     def _stop(self, present: Sequence[WorkerId], drain_s: float, timeout_s: float) -> None:
+        with self._changing:
+            self._stopped = True  # a change of the pools that is under way leaves nothing behind
+            actors, groups = dict(self.actors), dict(self._groups)
         try:
             # One that has no place yet would not answer.
-            actors = [self.actors[worker] for worker in present if worker in self.actors]
-            calls = [actor.stop.remote(drain_s) for actor in actors]
+            calls = [actors[worker].stop.remote(drain_s) for worker in present if worker in actors]
             if calls:
                 ray.wait(calls, num_returns=len(calls), timeout=timeout_s)
-            for actor in self.actors.values():
+            for actor in actors.values():
                 ray.kill(actor, no_restart=True)
-            for group in self._groups.values():
+            for group in groups.values():
                 remove_placement_group(group)
         except (RayError, RuntimeError) as error:
             # Their processes are ended all the same, by whoever owns the run.
@@ -233,11 +272,10 @@ class Pools:
         self.actors.clear()
         self._groups.clear()
 
-    def _actor(self, plan: WorkerPlan, group: PlacementGroup) -> Any:
+    def _actor(self, plan: WorkerPlan, group: PlacementGroup, name: str) -> Any:
         restarts = -1 if self._spec.config.pools.restart_workers else 0
         options: dict[str, Any] = {
-            # An actor gives its name back some time after its end.
-            "name": f"{plan.id}.{self._names.get(plan.id, 0)}",
+            "name": name,
             "namespace": namespace_of(self._spec.config),
             "lifetime": "detached",
             # Two cores hold more than two workers; threads are set by the worker itself.
@@ -273,7 +311,10 @@ class Pools:
         return ActorBoot(worker, spec.modules[plan.role], log, self._memory)
 
     def _end_leftovers(self) -> None:
-        """Ends actors that a killed run left in a joined Ray; the name's lock is ours."""
+        """Ends actors that a killed run left in a joined Ray, and frees the places that they had.
+
+        The name's lock is ours.
+        """
         namespace = namespace_of(self._spec.config)
         named = ray.util.list_named_actors(all_namespaces=True)
         left = [entry["name"] for entry in named if entry["namespace"] == namespace]
@@ -284,6 +325,10 @@ class Pools:
             names = ray.util.list_named_actors(all_namespaces=True)
             left = [entry["name"] for entry in names if entry["namespace"] == namespace]
             time.sleep(0.05)
+        places = ray.util.placement_group_table().values()
+        for name in [place["name"] for place in places if place["state"] != "REMOVED"]:
+            if name.startswith(f"{namespace}/"):
+                remove_placement_group(ray.util.get_placement_group(name))
 
 
 def _measure_hosts() -> dict[str, Memory]:
@@ -305,6 +350,11 @@ def _measure_hosts() -> dict[str, Memory]:
         except RayError as error:
             logger.warning("the memory of a host was not measured: %s", type(error).__name__)
     return found
+
+
+def _kill(actor: Any, group: PlacementGroup) -> None:
+    ray.kill(actor, no_restart=True)
+    remove_placement_group(group)
 
 
 def _bundle(plan: WorkerPlan) -> dict[str, float]:

@@ -219,20 +219,21 @@ def _connect(address: str) -> None:
             raise ConfigError(f"cannot connect to Ray at {address}: {reason[0]}") from error
 
 
-def check_reachable(address: str, param: str) -> None:
-    """ConfigError of the setting ``param``; Ray itself would try for minutes."""
+def check_reachable(address: str, param: str, own: str = "") -> str:
+    """Our address as the head sees it, unless ``own`` says which; Ray itself would try for minutes.
+
+    ConfigError of the setting ``param``.
+    """
+    host, _, port = address.rpartition(":")
     try:
-        socket.create_connection(host_and_port(address), _CONNECT_TIMEOUT_S).close()
+        where = (host.strip("[]"), int(port))
+        with socket.create_connection(where, _CONNECT_TIMEOUT_S) as connection:
+            return own or str(connection.getsockname()[0])
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConfigError(
             f"{param} = {address!r}: cannot join this Ray: {reason}", param=param
         ) from error
-
-
-def host_and_port(address: str) -> tuple[str, int]:
-    host, _, port = address.rpartition(":")
-    return host.strip("[]"), int(port)
 
 
 def _ray() -> Any:

@@ -15,6 +15,9 @@ import ray
 from ray._private.state import actors
 from ray._private.state import state as control_plane
 from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup
+
+from pdserve.types import WorkerId
 
 T = TypeVar("T")
 
@@ -30,18 +33,21 @@ def process_of(actor: Any) -> int:
     return int(entry["Pid"]) if entry.get("State") == "ALIVE" else 0
 
 
-def leaving_hosts() -> frozenset[str]:
-    """Addresses of living hosts that were told to end once nothing runs there. May block.
+def leaving(places: Mapping[WorkerId, PlacementGroup]) -> frozenset[WorkerId]:
+    """Workers that have their place on a node that is to end once nothing uses it. May block.
 
-    ``pdserve leave`` tells a host so, an autoscaler or a cloud's notice of a preemption as well. Of
+    ``pdserve leave`` tells a node so, an autoscaler or a cloud's notice of a preemption as well. Of
     Ray's public calls none says it.
     """
     draining = control_plane.get_draining_nodes()
-    return frozenset(
-        str(node["NodeManagerAddress"])
-        for node in ray.nodes()
-        if node["Alive"] and node["NodeID"] in draining
-    )
+    if not draining:
+        return frozenset()
+    table = ray.util.placement_group_table()
+    nodes = {
+        worker: table.get(group.id.hex(), {}).get("bundles_to_node_id", {}).values()
+        for worker, group in places.items()
+    }
+    return frozenset(worker for worker, on in nodes.items() if any(node in draining for node in on))
 
 
 class RayTables:
@@ -60,8 +66,10 @@ class RayTables:
             self._nodes = self._call(ray.nodes)
         return await _soon(asyncio.shield(self._nodes))
 
-    async def leaving_hosts(self) -> frozenset[str] | None:
-        return await _soon(self._call(leaving_hosts))
+    async def leaving(
+        self, places: Mapping[WorkerId, PlacementGroup]
+    ) -> frozenset[WorkerId] | None:
+        return await _soon(self._call(lambda: leaving(places)))
 
     async def process_of(self, actor: Any) -> int | None:
         return await _soon(self._call(lambda: process_of(actor)))

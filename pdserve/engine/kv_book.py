@@ -45,7 +45,7 @@ class Origin(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class _Fresh:
-    """A block that was committed in this step, to be offered to the slower tiers."""
+    """A block that is to be offered to the slower tiers in this step, most often just committed."""
 
     key: BlockKey
     block: int
@@ -72,6 +72,8 @@ class KvBook:
         self._pinned = 0
         self._tickets = 0
         self._fresh: list[_Fresh] = []
+        # New ones for which there was no room. If they turn out to be of use they are offered then.
+        self._passed_over: dict[int, _Fresh] = {}
 
     @property
     def pinned(self) -> int:
@@ -107,6 +109,7 @@ class KvBook:
             self.pool.release(hits)
             return False
         self._removed(allocation.evicted)
+        self._offer_again(hits)
         seq.add_blocks(hits)
         seq.add_blocks(allocation.blocks)
         seq.committed = len(hits)
@@ -225,12 +228,21 @@ class KvBook:
         room = self.limits.num_blocks // PIN_SHARE - self._pinned
         if self.pool.available < self.limits.num_blocks // SPARE_SHARE:
             room = 0
+        room = max(room, 0)
         # Nobody else writes what is new.
         self._fresh.sort(key=lambda each: each.origin is Origin.PEER)
-        chosen = [each for each in self._fresh[: max(room, 0)] if self._holds(each)]
+        chosen = [each for each in self._fresh[:room] if self._holds(each)]
+        rest = (each for each in self._fresh[room:] if each.origin is Origin.NEW)
+        self._passed_over.update((each.block, each) for each in rest)
         self._fresh.clear()
         for origin in (Origin.NEW, Origin.PEER):
             self._offer([each for each in chosen if each.origin is origin], origin)
+
+    def _offer_again(self, hits: Iterable[int]) -> None:
+        """A block that stays in use is committed once, and would never be offered otherwise."""
+        if self._passed_over:
+            found = (self._passed_over.pop(block, None) for block in hits)
+            self._fresh += [fresh for fresh in found if fresh is not None]
 
     def _offer(self, chosen: list[_Fresh], origin: Origin) -> None:
         if not chosen:
@@ -251,7 +263,7 @@ class KvBook:
         )
 
     def _holds(self, fresh: _Fresh) -> bool:
-        """A block that was committed in this step may have been forgotten in the same step."""
+        """It may have been forgotten in this step, or evicted since it was passed over."""
         return self.pool.lookup(fresh.key) == fresh.block
 
     def unpin(self, ticket: PinTicket) -> bool:

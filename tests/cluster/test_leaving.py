@@ -22,6 +22,11 @@ def ids(text: str) -> list[WorkerId]:
         # The only one stays; so does the only one that is there.
         ("prefill-0 decode-0", "", "decode-0", RULES, ""),
         ("prefill-0 decode-0 decode-1", "decode-1", "decode-0", RULES, ""),
+        # Who is not there has nothing to lose.
+        ("prefill-0 decode-0 decode-1", "decode-1", "decode-0 decode-1", RULES, "decode-1"),
+        # Who is there and gets no work from the router does nobody's work.
+        ("prefill-0 decode-0 decode-1?", "", "decode-0", RULES, ""),
+        ("prefill-0 decode-0 decode-1?", "", "decode-1", RULES, "decode-1"),
         # Of two on one host the first goes, the second when that one is back.
         ("prefill-0 decode-0 decode-1", "", "decode-0 decode-1", RULES, "decode-0"),
         # Decode workers read prompts themselves, unless that is forbidden.
@@ -36,11 +41,13 @@ def ids(text: str) -> list[WorkerId]:
 def test_somebody_stays_who_does_the_work(
     planned: str, absent: str, asked: str, rules: PoolRules, going: str
 ) -> None:
+    """``decode-1!`` is drained, ``decode-1?`` is there and not ready."""
     members = {
-        WorkerId(word.rstrip("!")): Member(
+        WorkerId(word.rstrip("!?")): Member(
             Role(word.rpartition("-")[0]), Duty.DRAIN if word.endswith("!") else Duty.SERVE
         )
         for word in planned.split()
     }
     present = set(members) - set(ids(absent))
-    assert may_go(members, present, ids(asked), rules) == ids(going)
+    ready = present - {WorkerId(word[:-1]) for word in planned.split() if word.endswith("?")}
+    assert may_go(members, present, ready, ids(asked), rules) == ids(going)

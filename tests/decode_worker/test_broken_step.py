@@ -173,3 +173,20 @@ def test_the_router_is_told_and_nothing_stays_held(
     assert [failure.code for failure in failures] == [InternalError("").code]
     assert world.told[-1].HasField("failure"), "something came after the end"
     assert world.ends == 1
+
+
+def test_a_last_word_that_makes_no_sense_is_the_last_all_the_same() -> None:
+    """The engine says no more of it: who waits on would wait for ever."""
+
+    async def play() -> World:
+        world = World()
+        await until_offered(world, first=False)
+        await world.engine(api.Tokens(SEQ, 0, (TokenOut(5),), FinishReason.STOP))
+        return world
+
+    world = asyncio.run(play())
+    assert world.call.cancelled
+    (event,) = world.told
+    assert event.failure.code == InternalError("").code
+    assert world.ends == 1
+    assert world.bridge.listening == 0

@@ -11,6 +11,7 @@ import pytest
 from tests.deploy.host_stories import (
     FEW,
     MANY,
+    SETTINGS,
     START_S,
     Calm,
     all_serve,
@@ -84,8 +85,22 @@ def test_leaving_takes_a_head_and_a_host_of_its_own(hosts: Hosts) -> None:
         ("--address head:6379 --within 0", 2, "--within: 0; expected more than 0"),
         ("--address head:6379 --host 10.9.9.9", 2, "'10.9.9.9' is none of this Ray's living hosts"),
         ("--address left:6379", 2, "cannot join this Ray"),
+        (f"--address head:6379 --host {hosts.pod('head').address}", 2, "Ray's head runs there"),
+        (f"--address head:6379 --host {hosts.pod('router').address}", 2, "pdserve up"),
     ):
         done = hosts.pod("left").run(f"exec pdserve leave {options}", env)
         assert done.returncode == status, done.stderr
         assert why in done.stderr
+    stranger = env | {"RAY_AUTH_TOKEN": "00" * 32}
+    done = hosts.pod("left").run("exec pdserve leave --address head:6379", stranger)
+    assert done.returncode == 2, done.stderr
+    assert "demands its token" in done.stderr
     assert hosts.ready().keys() == {"prefill-0", "prefill-1", "decode-0", "decode-1"}
+
+
+def test_an_owner_that_was_killed_leaves_no_place_taken(hosts: Hosts, calm: Calm) -> None:
+    """Every place is taken, so whatever the first one held the second one would wait for."""
+    hosts.pod("router").end()
+    hosts.up(*SETTINGS)
+    hosts.wait(lambda: len(hosts.ready()) == 4, START_S)
+    all_serve(hosts, calm, "under a new owner")

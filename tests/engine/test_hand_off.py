@@ -25,7 +25,7 @@ from pdserve.engine.api import (
     WriteBack,
 )
 from pdserve.errors import Cancelled, DeadlineExceeded, InternalError
-from pdserve.types import CachedTokens, FinishReason, Sampling, Tier, TokenOut
+from pdserve.types import BlockKey, CachedTokens, FinishReason, Sampling, Tier, TokenOut
 
 GREEDY = Sampling(max_tokens=10, temperature=0.0)
 GONE = Cancelled("the client went away")
@@ -292,6 +292,34 @@ def test_write_back_never_pins_much_of_the_pool() -> None:
     world.post(Unpin(world.of(WriteBack)[0].ticket))
     world.post(Unpin(world.of(WriteBack)[0].ticket))
     world.turn()
+    world.assert_quiet()
+
+
+def test_what_there_was_no_room_for_is_written_when_it_is_found_again() -> None:
+    """Else a prefix that never leaves the pool would never come to be in a slower tier."""
+    world = World(num_blocks=32, has_tiers=True, prefill_chunk=64)
+    tokens = prompt(64)
+    known = KEYS.chain(ROOT, tokens, 4)
+
+    def ask(end: int) -> list[tuple[BlockKey, ...]]:
+        before = len(world.of(WriteBack))
+        seq = world.submit(tokens[:end], max_tokens=1)
+        world.turn()
+        if any(event.seq == seq for event in world.of(TierRead)):
+            world.post(TierReadDone(seq, (None,) * 16))
+        world.run()
+        assert world.stream(seq) == world.expected(seq)
+        offered = world.of(WriteBack)[before:]
+        for event in offered:
+            world.post(Unpin(event.ticket))
+        world.turn()
+        return [event.keys for event in offered]
+
+    assert ask(64) == [known[:8]], "a quarter of the pool"
+    assert world.of(WriteBack)[1:] == [], "nobody asked for the rest"
+    assert ask(49) == [known[8:12]]
+    assert ask(49) == []
+    assert ask(64) == [known[12:15]]
     world.assert_quiet()
 
 

@@ -64,6 +64,9 @@ priorityClassName: {{ . }}
           imagePullPolicy: {{ $root.Values.image.pullPolicy }}
           env:
             {{- include "pdserve.rayEnv" $root | nindent 12 }}
+            # After the hook Ray would wait once more for what could not move.
+            - name: RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S
+              value: "5"
             {{- with .group.containerEnv }}
             {{- toYaml . | nindent 12 }}
             {{- end }}
