@@ -2,6 +2,7 @@
 
 with running_peer(blocks, span) as peer:   its pool is filled and exported
     peer.offers(blocks)                    asks for offers; the peer computes the checksums
+    peer.ask(first, blocks), .offered()    the same in two steps, with time between them
     peer.socket_port                       a bare socket loop over as many bytes, to compare with
 """
 
@@ -45,7 +46,14 @@ class Peer:
 
     def offers(self, count: int) -> tuple[BlockOffer, ...]:
         """Of the first ``count`` blocks."""
-        self._pipe.send(count)
+        self.ask(0, count)
+        return self.offered()
+
+    def ask(self, first: int, count: int) -> None:
+        """For offers of some blocks, which ``offered`` returns once their checksums are made."""
+        self._pipe.send((first, count))
+
+    def offered(self) -> tuple[BlockOffer, ...]:
         offers: tuple[BlockOffer, ...] = self._pipe.recv()
         return offers
 
@@ -78,7 +86,8 @@ def _serve(
     pipe.send((exporter.endpoint(), _bare_sender(pool.blocks.cpu(), wanted[1])))
     with contextlib.suppress(EOFError):
         while True:
-            pipe.send(exporter.offers(0, list(range(pipe.recv()))))
+            first, count = pipe.recv()
+            pipe.send(exporter.offers(first, list(range(first, first + count))))
     exporter.close()
     pool.close()
 
