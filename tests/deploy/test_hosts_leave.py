@@ -100,7 +100,9 @@ def test_leaving_takes_a_head_and_a_host_of_its_own(hosts: Hosts) -> None:
 
 def test_an_owner_that_was_killed_leaves_no_place_taken(hosts: Hosts, calm: Calm) -> None:
     """Every place is taken, so whatever the first one held the second one would wait for."""
+    before = {one["pid"] for one in hosts.workers().values()}
     hosts.pod("router").end()
     hosts.up(*SETTINGS)
     hosts.wait(lambda: len(hosts.ready()) == 4, START_S)
+    assert before.isdisjoint(one["pid"] for one in hosts.workers().values())
     all_serve(hosts, calm, "under a new owner")
