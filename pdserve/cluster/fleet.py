@@ -111,13 +111,16 @@ class Fleet:
         """Returns when nothing runs there. A worker that was drained already stays so."""
         with self._alone(f"drain {worker}"):
             check_idle(self.members(), [worker], self.rules)
-            return await self._drain(worker, drain_s)
+            drained = await self._drain(worker, drain_s)
+            self._keep_order(worker)
+            return drained
 
     async def undrain(self, worker: WorkerId) -> bool:
         """Whether it was drained."""
         with self._alone(f"undrain {worker}"):
             before = self._membership.duties[worker]
             await self._order(worker, Duty.SERVE)
+            self._keep_order(worker)
             if before is not Duty.SERVE:
                 self._note(f"{worker} takes work again, as asked")
             return before is not Duty.SERVE
@@ -220,6 +223,11 @@ class Fleet:
         self._unmoved.pop(worker, None)
         self._membership.drop(worker)
         await asyncio.to_thread(self._pools.remove, worker, present, STOP_S)
+
+    def _keep_order(self, worker: WorkerId) -> None:
+        """What was asked of one that is to be moved again holds after that, too."""
+        if worker in self._unmoved:
+            self._unmoved[worker] = self._membership.duties[worker]
 
     async def _move(self, worker: WorkerId) -> Drained:
         duty = self._unmoved.get(worker) or self._membership.duties[worker]

@@ -82,15 +82,16 @@ class Leaving:
             tables.close()
 
     async def _look(self, leaving: frozenset[WorkerId]) -> None:
-        members = self._fleet.members()
-        asked = [worker for worker in members if worker in leaving]
-        if not asked or self._fleet.under_way:
+        if not leaving or self._fleet.under_way:
             return
         try:
             ready = await self._fleet.ready()
         except PdserveError as error:
             logger.info("who could do the work of others is not known: %s", error)
             return
+        # From here to the move nobody else has a turn.
+        members = self._fleet.members()
+        asked = [worker for worker in members if worker in leaving]
         present = [facts.id for facts in self._membership.workers()]
         going = may_go(members, present, ready, asked, self._fleet.rules)
         self._tell(frozenset(asked) - frozenset(going))

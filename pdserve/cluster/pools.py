@@ -34,7 +34,7 @@ from pdserve.cluster.actor import ActorBoot, WorkerActor
 from pdserve.cluster.ray_node import RayNode
 from pdserve.config import Config
 from pdserve.engine.host_memory import Memory, measure_host
-from pdserve.errors import ConfigError
+from pdserve.errors import ConfigError, InternalError
 from pdserve.rpc.identity import Caller, mint
 from pdserve.rpc.tls import internal_tls
 from pdserve.types import Role, WorkerId
@@ -158,17 +158,20 @@ class Pools:
 
     def add(self, plan: WorkerPlan) -> Any:
         """Asks Ray for one more actor, and returns its handle."""
+        self._check_open()
         self._added[plan.id] = plan
         name = self._name(plan.id)
         # Named, so that a later run finds what a killed one left.
         group = placement_group(
             [_bundle(plan)], lifetime="detached", name=f"{namespace_of(self._spec.config)}/{name}"
         )
+        try:
+            actor = self._actor(plan, group, name)
+        except BaseException:
+            remove_placement_group(group)
+            raise
         with self._changing:
-            self._groups[plan.id] = group
-        actor = self._actor(plan, group, name)
-        with self._changing:
-            self.actors[plan.id] = actor
+            self.actors[plan.id], self._groups[plan.id] = actor, group
             stopped = self._stopped
         if stopped:
             _kill(actor, group)
@@ -198,12 +201,20 @@ class Pools:
             return dict(self._groups)
 
     def _end(self, worker: WorkerId, present: bool, timeout_s: float) -> None:
+        self._check_open()
         with self._changing:
             actor, group = self.actors[worker], self._groups[worker]
             self._ended.add(actor)
         if present:
             ray.wait([actor.stop.remote(0.0)], timeout=timeout_s)
+            self._check_open()
         _kill(actor, group)
+
+    def _check_open(self) -> None:
+        """After ``stop`` Ray may be left already, and a call to it would join one anew."""
+        with self._changing:
+            if self._stopped:
+                raise InternalError("the workers are being stopped")
 
     def _name(self, worker: WorkerId) -> str:
         """Another one each time: Ray gives a name back some time after its holder's end."""
@@ -223,7 +234,7 @@ class Pools:
             return None
         with self._changing:
             actor = self.actors.get(worker)
-            if actor is None or actor in self._ended:
+            if actor is None or actor in self._ended or self._stopped:
                 return None
             if actor is not silent:
                 return actor
@@ -231,7 +242,8 @@ class Pools:
         ray.kill(actor, no_restart=True)
         made = self._actor(self._added[worker], group, self._name(worker))
         with self._changing:
-            if self.actors.get(worker) is actor and actor not in self._ended:
+            wanted = self.actors.get(worker) is actor and actor not in self._ended
+            if wanted and not self._stopped:
                 self.actors[worker] = made
                 made.describe.remote()
                 return made
@@ -326,9 +338,10 @@ class Pools:
             left = [entry["name"] for entry in names if entry["namespace"] == namespace]
             time.sleep(0.05)
         places = ray.util.placement_group_table().values()
-        for name in [place["name"] for place in places if place["state"] != "REMOVED"]:
-            if name.startswith(f"{namespace}/"):
-                remove_placement_group(ray.util.get_placement_group(name))
+        for place in places:
+            if place["name"].startswith(f"{namespace}/") and place["state"] != "REMOVED":
+                place_id = ray.PlacementGroupID(bytes.fromhex(place["placement_group_id"]))
+                remove_placement_group(PlacementGroup(place_id))
 
 
 def _measure_hosts() -> dict[str, Memory]:

@@ -233,6 +233,8 @@ class KvBook:
         self._fresh.sort(key=lambda each: each.origin is Origin.PEER)
         chosen = [each for each in self._fresh[:room] if self._holds(each)]
         rest = (each for each in self._fresh[room:] if each.origin is Origin.NEW)
+        for each in chosen:
+            self._passed_over.pop(each.block, None)
         self._passed_over.update((each.block, each) for each in rest)
         self._fresh.clear()
         for origin in (Origin.NEW, Origin.PEER):

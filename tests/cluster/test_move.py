@@ -112,3 +112,18 @@ def test_one_that_cannot_be_drained_goes_on_as_before() -> None:
         assert plan.duties[FIRST] is Duty.SERVE
 
     asyncio.run(story())
+
+
+def test_what_is_ordered_of_one_that_is_still_to_be_moved_holds() -> None:
+    async def story() -> None:
+        plan = Plan()
+        one = fleet(plan, Ray(failures=1), idle)
+        with pytest.raises(RayError):
+            await one.move([FIRST])
+        await one.drain(FIRST, 0.0)
+        await one.move([FIRST])
+        assert plan.duties[FIRST] is Duty.LEAVE
+        await one.undrain(FIRST)
+        assert plan.duties[FIRST] is Duty.SERVE
+
+    asyncio.run(story())

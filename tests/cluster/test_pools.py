@@ -18,7 +18,7 @@ import pytest
 from pdserve.cluster import orphans, ray_node
 from pdserve.cluster.supervisor import Secrets, open_cluster
 from pdserve.config import Config, PoolsConfig
-from pdserve.errors import ConfigError
+from pdserve.errors import ConfigError, InternalError
 from pdserve.types import Role, WorkerId
 from pdserve.v1 import worker_pb2
 from tests.cluster.stands import (
@@ -324,6 +324,57 @@ def test_a_worker_that_goes_while_it_is_renewed_leaves_nothing(
     space = f"pdserve-{one.folder.name}"
     named = ray.util.list_named_actors
     eventually(lambda: all(actor["namespace"] != space for actor in named(all_namespaces=True)))
+
+
+def places_of(one: Stand) -> list[str]:
+    """Names of the placement groups that hold or wait for a place for this cluster's workers."""
+    import ray
+
+    space = f"pdserve-{one.folder.name}/"
+    found = ray.util.placement_group_table().values()
+    names = [str(each["name"]) for each in found if each["state"] != "REMOVED"]
+    return [name for name in names if name.startswith(space)]
+
+
+def test_a_replacement_that_fails_is_made_up_for(
+    stand: Callable[..., Stand], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    one = stand(prefill=0, decode=1)
+    assert one.all_present()
+    worker = WorkerId("decode-0")
+    first = one.pools.actors[worker]
+
+    def fail(*_given: object) -> Any:
+        raise RuntimeError("the control plane is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(one.pools, "_actor", fail)
+        with pytest.raises(RuntimeError, match="control plane"):
+            one.pools.replace(worker, True, 5.0)
+    assert one.pools.renew(worker, first) is None, "it was ended on purpose"
+    made = one.pools.replace(worker, False, 5.0)
+    assert made is one.pools.actors[worker]
+    facts = ray.get(made.describe.remote(), timeout=30)
+    assert facts.id == worker
+    eventually(lambda: len(places_of(one)) == 1)
+    one.pools.stop([worker], 0.0, 5.0)
+    eventually(lambda: places_of(one) == [])
+    with pytest.raises(InternalError, match="being stopped"):
+        one.pools.replace(worker, False, 5.0)
+
+
+def test_what_a_killed_owner_left_is_ended_and_its_places_are_free(
+    stand: Callable[..., Stand],
+) -> None:
+    one = stand(prefill=1, decode=1)
+    assert one.all_present()
+    before = set(places_of(one))
+    assert len(before) == 2
+    two = stand(prefill=1, decode=0)
+    assert two.all_present()
+    eventually(lambda: len(places_of(two)) == 1)
 
 
 @pytest.fixture
