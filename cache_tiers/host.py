@@ -9,17 +9,16 @@ its end, so that a child is always older than its parent and leaves first.
 
 from __future__ import annotations
 
-import mmap
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from cache_tiers.base import TierStats
 from pdserve.errors import TierError
+from pdserve.pages import arena, take_pages
 from pdserve.types import BlockKey, Incarnation, Tier
 
 
@@ -43,7 +42,7 @@ class HostTier:
     """Thread-safe; never waits for anything but memory copies.
 
     ``bytes_max`` below one span is a tier that stores nothing. TierError when the kernel refuses
-    the arena. Pages are taken from the system as slots are first used.
+    the arena. Its pages are taken in the background from the start.
     """
 
     name = Tier.HOST
@@ -53,9 +52,11 @@ class HostTier:
         self._incarnation = incarnation
         self._slots = bytes_max // span_bytes
         try:
-            self._arena = _arena(self._slots, span_bytes)
+            self._arena = arena(self._slots, span_bytes)
         except (OSError, ValueError, OverflowError) as error:
             raise TierError(f"no memory for a host tier of {bytes_max} bytes: {error}") from error
+        if self._slots:
+            take_pages(self._arena)
         self._lock = threading.Lock()
         self._index: OrderedDict[BlockKey, _Entry] = OrderedDict()  # oldest first
         self._free = list(range(self._slots - 1, -1, -1))  # its end is used first
@@ -202,11 +203,3 @@ class HostTier:
     def _reclaim(self, entry: _Entry) -> None:
         if not entry.listed and entry.pins == 0:
             self._free.append(entry.slot)
-
-
-def _arena(slots: int, span_bytes: int) -> npt.NDArray[np.uint8]:
-    """[slots, span_bytes], zero pages until they are written."""
-    if slots == 0:
-        return np.empty((0, span_bytes), dtype=np.uint8)
-    memory = mmap.mmap(-1, slots * span_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return np.frombuffer(memory, dtype=np.uint8).reshape(slots, span_bytes)

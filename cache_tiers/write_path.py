@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from cache_tiers.aside import Aside
 from cache_tiers.fence import ForgetFence
 from cache_tiers.host import HostTier
 from cache_tiers.redis_tier import RedisTier
@@ -75,8 +76,7 @@ class Clearing:
 @dataclass(frozen=True, slots=True)
 class _Send:
     keys: tuple[BlockKey, ...]
-    values: tuple[memoryview, ...]
-    size: int
+    rows: tuple[int, ...]  # of the copies, one for each key
 
 
 class WritePath:
@@ -95,12 +95,11 @@ class WritePath:
         self._redis = redis
         self._fence = fence
         self._span = span
-        self._span_bytes = span_bytes
         self._limits = limits
+        self._aside = Aside(limits.aside_bytes if redis is not None else 0, span_bytes)
         self._lock = threading.Lock()
         self._counts = WriteCounts()
         self._pinned = 0
-        self._aside = 0
         self._undeleted: dict[BlockKey, None] = {}  # the sender thread's own, oldest first
         self._sender: Workers[_Send | _Forget | Clearing] | None = None
         if redis is not None:
@@ -201,17 +200,12 @@ class WritePath:
         """One copy of as many leading blocks as there is room for."""
         if self._redis is None:
             return None
+        rows = [] if self._redis.refuses_writes() else self._aside.take(len(keys))
         with self._lock:
-            room = (self._limits.aside_bytes - self._aside) // self._span_bytes
-            kept = 0 if self._redis.refuses_writes() else min(len(keys), room)
-            self._aside += kept * self._span_bytes
-            self._count(unsent_blocks=len(keys) - kept)
-        if kept == 0:
-            return None
-        copies = np.empty((kept, self._span_bytes), dtype=np.uint8)
-        for row, view in zip(copies, views, strict=False):
-            np.copyto(row, np.frombuffer(view, np.uint8))
-        return _Send(tuple(keys[:kept]), tuple(row.data for row in copies), copies.nbytes)
+            self._count(unsent_blocks=len(keys) - len(rows))
+        for row, view in zip(rows, views, strict=False):
+            np.copyto(np.frombuffer(self._aside.view(row), np.uint8), np.frombuffer(view, np.uint8))
+        return _Send(tuple(keys[: len(rows)]), tuple(rows)) if rows else None
 
     # ---- the sender's thread ---------------------------------------------------------------------
 
@@ -230,16 +224,15 @@ class WritePath:
             try:
                 self._put(job)
             finally:
-                with self._lock:
-                    self._aside -= job.size
+                self._aside.give_back(job.rows)
 
     def _put(self, job: _Send) -> None:
         assert self._redis is not None
         try:
             held = self._redis.contains(job.keys)
             chosen = [
-                (key, value)
-                for key, value, is_held in zip(job.keys, job.values, held, strict=True)
+                (key, self._aside.view(row))
+                for key, row, is_held in zip(job.keys, job.rows, held, strict=True)
                 if self._wants(key, is_held)
             ]
             self._redis.put([key for key, _ in chosen], [value for _, value in chosen])
@@ -306,6 +299,6 @@ class WritePath:
             self._pinned -= len(job.blocks)
 
     def _drop_aside(self, job: _Send) -> None:
+        self._aside.give_back(job.rows)
         with self._lock:
-            self._aside -= job.size
             self._count(unsent_blocks=len(job.keys))

@@ -32,6 +32,7 @@ from pdserve.engine.runner import ModelRunner
 from pdserve.engine.sizing import PoolSize, SizingInputs, measure_memory, size_pool
 from pdserve.engine.triton_layer import TritonKernels, load_triton
 from pdserve.errors import ConfigError, PdserveError
+from pdserve.pages import take_pages
 from pdserve.types import Incarnation, ModelFacts, Numerics
 
 
@@ -173,7 +174,9 @@ def _allocate(
 ) -> PoolMemory:
     if device.type == "cuda":
         return allocate_cuda(blocks, layout.span_bytes, incarnation, device)
-    return allocate_shared(blocks, layout.span_bytes, incarnation)
+    memory = allocate_shared(blocks, layout.span_bytes, incarnation)
+    take_pages(memory.blocks.numpy())
+    return memory
 
 
 def _model_notes(loaded: LoadedModel) -> tuple[str, ...]:
