@@ -22,6 +22,7 @@ import torch
 from kv_transfer.base import BlockOffer, Endpoint
 from kv_transfer.exporter import PoolExporter
 from pdserve.engine.memory import PoolMemory, allocate_cuda, allocate_shared
+from pdserve.pages import take_pages
 from pdserve.types import Fingerprint, Incarnation, Transport
 
 TOKEN = "the token of a measurement"
@@ -35,7 +36,9 @@ def new_pool(blocks: int, span: int, device: str = "cpu") -> PoolMemory:
     incarnation = Incarnation(os.urandom(16))
     if torch.device(device).type == "cuda":
         return allocate_cuda(blocks, span, incarnation, torch.device(device))
-    return allocate_shared(blocks, span, incarnation)
+    pool = allocate_shared(blocks, span, incarnation)
+    take_pages(pool.blocks.numpy()).join()  # an engine's are taken by the time of its first read
+    return pool
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,21 +9,28 @@ row that was given back last is taken first, so no more rows are ever touched th
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pdserve.errors import TierError
-from pdserve.pages import arena
+from pdserve.pages import Bytes, arena
 
 
 class Aside:
     """Thread-safe. Owns the rows; whoever took some gives them back. TierError without memory."""
 
-    def __init__(self, bytes_max: int, span_bytes: int) -> None:
+    def __init__(
+        self,
+        bytes_max: int,
+        span_bytes: int,
+        adopt: Callable[[Bytes], Callable[[], None]] | None = None,
+    ) -> None:
+        """``adopt`` prepares the memory for copies, and gives what ends that."""
         rows = bytes_max // span_bytes
         try:
             self._rows = arena(rows, span_bytes)
         except (OSError, ValueError, OverflowError) as error:
             raise TierError(f"no memory for {bytes_max} bytes that wait for Redis") from error
+        self._release = adopt(self._rows) if adopt and rows else None
         self._lock = threading.Lock()
         self._free = list(range(rows - 1, -1, -1))  # its end is used first
 
@@ -32,11 +39,17 @@ class Aside:
         with self._lock:
             return [self._free.pop() for _ in range(min(count, len(self._free)))]
 
-    def view(self, row: int) -> memoryview:
+    def row(self, row: int) -> Bytes:
         """[span_bytes], writable."""
-        view: memoryview = self._rows[row].data
-        return view
+        found: Bytes = self._rows[row]
+        return found
 
     def give_back(self, rows: Sequence[int]) -> None:
         with self._lock:
             self._free.extend(reversed(rows))
+
+    def close(self) -> None:
+        """Nobody copies from or to a row any more."""
+        if self._release is not None:
+            self._release()
+            self._release = None

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from cache_tiers.device_spans import DevicePool
 from cache_tiers.kv_events import KvEventPublisher
 from cache_tiers.manager import WRITE_LIMITS, TierManager
+from cache_tiers.spans import HostPool, PoolSpans
 from pdserve.config import CacheConfig
-from pdserve.engine.memory import PoolMemory
+from pdserve.engine.memory import MemoryKind, PoolMemory
 from pdserve.types import Fingerprint, Tier, TierBlocks, TierReach
 from pdserve.worker.boot import WorkerBoot
 from pdserve.worker.core import Ports
@@ -31,7 +33,7 @@ class WorkerCaches:
                 fingerprint=fingerprint,
                 incarnation=memory.incarnation,
                 redis_url=boot.redis_url,
-                span=memory.block_bytes,
+                pool=_pool_of(memory),
             )
         self._publisher = KvEventPublisher(boot.host) if cache.kv_events else None
 
@@ -73,3 +75,9 @@ class WorkerCaches:
 
     def _clear(self, tiers: Sequence[Tier]) -> Mapping[Tier, int]:
         return self._manager.clear(tiers) if self._manager is not None else {}
+
+
+def _pool_of(memory: PoolMemory) -> PoolSpans:
+    if memory.kind is MemoryKind.SHARED:
+        return HostPool(memory.block_bytes)
+    return DevicePool(memory.blocks)

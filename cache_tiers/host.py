@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from cache_tiers.base import TierStats
+from cache_tiers.spans import HostSpans, Spans
 from pdserve.errors import TierError
-from pdserve.pages import arena, take_pages
+from pdserve.pages import Bytes, arena
 from pdserve.types import BlockKey, Incarnation, Tier
 
 
@@ -42,12 +41,18 @@ class HostTier:
     """Thread-safe; never waits for anything but memory copies.
 
     ``bytes_max`` below one span is a tier that stores nothing. TierError when the kernel refuses
-    the arena. Its pages are taken in the background from the start.
+    the arena. ``adopt`` prepares the arena for copies, and gives what ends that.
     """
 
     name = Tier.HOST
 
-    def __init__(self, bytes_max: int, span_bytes: int, incarnation: Incarnation) -> None:
+    def __init__(
+        self,
+        bytes_max: int,
+        span_bytes: int,
+        incarnation: Incarnation,
+        adopt: Callable[[Bytes], Callable[[], None]] | None = None,
+    ) -> None:
         self._span_bytes = span_bytes
         self._incarnation = incarnation
         self._slots = bytes_max // span_bytes
@@ -55,8 +60,7 @@ class HostTier:
             self._arena = arena(self._slots, span_bytes)
         except (OSError, ValueError, OverflowError) as error:
             raise TierError(f"no memory for a host tier of {bytes_max} bytes: {error}") from error
-        if self._slots:
-            take_pages(self._arena)
+        self._release = adopt(self._arena) if adopt and self._slots else None
         self._lock = threading.Lock()
         self._index: OrderedDict[BlockKey, _Entry] = OrderedDict()  # oldest first
         self._free = list(range(self._slots - 1, -1, -1))  # its end is used first
@@ -80,6 +84,10 @@ class HostTier:
     def get(self, keys: Sequence[BlockKey], into: Sequence[memoryview], timeout: float) -> int:
         """Copies the longest prefix of ``keys`` that is here; nothing here can time out."""
         assert all(view.nbytes == self._span_bytes for view in into)
+        return self.fill(keys, HostSpans(into))
+
+    def fill(self, keys: Sequence[BlockKey], into: Spans) -> int:
+        """The same into spans that may lie on a device."""
         entries: list[_Entry] = []
         with self._lock:
             self._count.queries += len(keys)
@@ -91,12 +99,13 @@ class HostTier:
                 entries.append(entry)
             self._count.hits += len(entries)
             self._touch(keys[: len(entries)])
-        for entry, view in zip(entries, into, strict=False):
-            np.copyto(np.frombuffer(view, np.uint8), self._arena[entry.slot])
-        with self._lock:
-            for entry in entries:
-                entry.pins -= 1
-                self._reclaim(entry)
+        try:
+            into.write({i: self._arena[entry.slot] for i, entry in enumerate(entries)})
+        finally:
+            with self._lock:
+                for entry in entries:
+                    entry.pins -= 1
+                    self._reclaim(entry)
         return len(entries)
 
     def put(
@@ -110,24 +119,34 @@ class HostTier:
         A key that is here already keeps its value: equal keys have equal values.
         """
         assert all(value.nbytes == self._span_bytes for value in values)
-        filling: list[tuple[BlockKey, memoryview, _Entry]] = []
+        self.keep(keys, HostSpans(values), writers)
+
+    def keep(
+        self, keys: Sequence[BlockKey], values: Spans, writers: Sequence[Incarnation] = ()
+    ) -> None:
+        """The same from spans that may lie on a device."""
+        filling: dict[int, tuple[BlockKey, _Entry]] = {}
         with self._lock:
             # The newest entries are now those of this prefix: room for a late block must not be
             # made at the cost of an early one.
             self._touch(keys)
             present = sum(key in self._index for key in keys)
-            for i, (key, value) in enumerate(zip(keys, values, strict=True)):
+            for i, key in enumerate(keys):
                 if key in self._index:
                     continue
                 slot = self._take_slot(keep=present)
                 if slot is None:
                     break
                 writer = writers[i] if writers else self._incarnation
-                filling.append((key, value, _Entry(slot, writer, listed=False)))
-        for _key, value, entry in filling:
-            np.copyto(self._arena[entry.slot], np.frombuffer(value, np.uint8))
+                filling[i] = (key, _Entry(slot, writer, listed=False))
+        try:
+            values.read({i: self._arena[entry.slot] for i, (_, entry) in filling.items()})
+        except BaseException:
+            with self._lock:
+                self._free.extend(entry.slot for _, entry in filling.values())
+            raise
         with self._lock:
-            for key, _value, entry in filling:
+            for key, entry in filling.values():
                 if key in self._index:  # another thread was faster
                     self._free.append(entry.slot)
                     continue
@@ -170,6 +189,9 @@ class HostTier:
     def close(self) -> None:
         """Forgets everything; the memory goes with the last reference to the tier."""
         self.clear()
+        if self._release is not None:
+            self._release()
+            self._release = None
 
     def _touch(self, keys: Sequence[BlockKey]) -> None:
         for key in reversed(keys):

@@ -25,8 +25,9 @@ from cache_tiers.host import HostTier
 from cache_tiers.read_path import ReadPath
 from cache_tiers.read_times import ReadTimes
 from cache_tiers.redis_tier import RedisTier
+from cache_tiers.spans import PoolSpans
 from cache_tiers.workers import Workers
-from cache_tiers.write_path import Clearing, SpanOf, UnpinSink, WriteCounts, WriteLimits, WritePath
+from cache_tiers.write_path import Clearing, UnpinSink, WriteCounts, WriteLimits, WritePath
 from pdserve.config import CacheConfig
 from pdserve.engine.api import TierRead, TierReadDone, WriteBack
 from pdserve.errors import TierError
@@ -66,8 +67,8 @@ class ManagerStats:
 class TierManager:
     """Thread-safe. Opens what ``config`` and ``redis_url`` (empty: none) ask for.
 
-    ``span(block)``: writable view of one block of the pool, ``span_bytes`` long. ConfigError for
-    a URL that can never work; everything else that does not work is told by ``degraded``.
+    ``pool``: blocks of ``span_bytes`` each. ConfigError for a URL that can never work; everything
+    else that does not work is told by ``degraded``.
     """
 
     def __init__(
@@ -77,10 +78,10 @@ class TierManager:
         fingerprint: Fingerprint,
         incarnation: Incarnation,
         redis_url: str,
-        span: SpanOf,
+        pool: PoolSpans,
         limits: WriteLimits = WRITE_LIMITS,
     ) -> None:
-        self._span = span
+        self._pool = pool
         self._span_bytes = span_bytes
         self._complaints: list[str] = []
         self._wanted_host = config.host.bytes_max > 0
@@ -92,7 +93,7 @@ class TierManager:
         self._readers: Workers[tuple[TierRead, ReadSink]] = Workers(
             "tier-read", READERS, self._handle_read
         )
-        self._write_path = WritePath(self._host, self._redis, self._fence, span, span_bytes, limits)
+        self._write_path = WritePath(self._host, self._redis, self._fence, pool, span_bytes, limits)
 
     @property
     def enabled(self) -> bool:
@@ -192,8 +193,7 @@ class TierManager:
         hits: Sequence[Tier] = ()
         times = ReadTimes(self._span_bytes)
         try:
-            spans = [self._span(block) for block in job.blocks]
-            hits = self._read_path.read(job.keys, spans, times)
+            hits = self._read_path.read(job.keys, self._pool.of(job.blocks), times)
         finally:
             done(_read_done(job, hits, times.phases()))
 
@@ -206,7 +206,7 @@ class TierManager:
             self._complain(f"host tier off: one block has {span_bytes} bytes")
             return None
         try:
-            return HostTier(config.host.bytes_max, span_bytes, incarnation)
+            return HostTier(config.host.bytes_max, span_bytes, incarnation, self._pool.adopt)
         except TierError as error:
             self._complain(f"host tier off: {error}")
             return None

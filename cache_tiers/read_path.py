@@ -1,4 +1,4 @@
-"""Reads a prefix of blocks from the tiers, fastest first, straight into the pool's memory.
+"""Reads a prefix of blocks from the tiers, fastest first, into the pool.
 
 The host tier gives what it has; Redis gives the run of blocks that the host lacks, up to the next
 one that the host holds; and so on, until something is missing everywhere. What Redis gave is kept
@@ -16,6 +16,7 @@ from cache_tiers.fence import ForgetFence
 from cache_tiers.host import HostTier
 from cache_tiers.read_times import ReadTimes
 from cache_tiers.redis_tier import RedisTier
+from cache_tiers.spans import HostSpans, Spans
 from pdserve.errors import TierError
 from pdserve.types import BlockKey, Incarnation, Tier
 
@@ -32,9 +33,7 @@ class ReadPath:
         self._wanted = 0
         self._hits: Counter[Tier] = Counter()
 
-    def read(
-        self, keys: Sequence[BlockKey], into: Sequence[memoryview], times: ReadTimes
-    ) -> list[Tier]:
+    def read(self, keys: Sequence[BlockKey], into: Spans, times: ReadTimes) -> list[Tier]:
         """Fills a prefix of ``into``; returns which tier filled each block of it.
 
         Touches no buffer after it returned. ``times`` hears how long each tier took.
@@ -69,21 +68,19 @@ class ReadPath:
         with self._lock:
             return self._wanted, dict(self._hits)
 
-    def _read(
-        self, keys: Sequence[BlockKey], into: Sequence[memoryview], times: ReadTimes
-    ) -> list[Tier]:
+    def _read(self, keys: Sequence[BlockKey], into: Spans, times: ReadTimes) -> list[Tier]:
         hits: list[Tier] = []
         while len(hits) < len(keys):
             at = len(hits)
             if self._host is not None:
                 began = time.monotonic()
-                held = self._host.get(keys[at:], into[at : len(keys)], timeout=0.0)
+                held = self._host.fill(keys[at:], into.part(at, len(keys)))
                 times.took(Tier.HOST, began, held)
                 hits += [Tier.HOST] * held
                 at = len(hits)
-            run = self._run(keys[at:])
+            run = min(self._run(keys[at:]), into.part(at, len(keys)).room)
             began = time.monotonic()
-            found = self._from_redis(keys[at : at + run], into[at : at + run])
+            found = self._from_redis(keys[at : at + run], into.part(at, at + run))
             if run:
                 times.took(Tier.REDIS, began, found)
             hits += [Tier.REDIS] * found
@@ -100,16 +97,17 @@ class ReadPath:
         held = self._host.contains(keys)
         return max(1, held.index(True) if True in held else len(keys))
 
-    def _from_redis(self, keys: Sequence[BlockKey], into: Sequence[memoryview]) -> int:
+    def _from_redis(self, keys: Sequence[BlockKey], into: Spans) -> int:
         if self._redis is None or not keys:
             return 0
-        try:
-            writers = self._redis.fetch(keys, into, self._redis.time_limit(len(keys)))
-        except TierError:
-            return 0
-        found = len(writers)
-        if self._host is not None and found:
-            self._host.put(keys[:found], into[:found], writers)
+        with into.received() as views:
+            try:
+                writers = self._redis.fetch(keys, views, self._redis.time_limit(len(keys)))
+            except TierError:
+                return 0
+            found = len(writers)
+            if self._host is not None and found:
+                self._host.keep(keys[:found], HostSpans(views[:found]), writers)
         return self._without_revoked(writers)
 
     def _without_revoked(self, writers: Sequence[Incarnation]) -> int:

@@ -16,12 +16,11 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
 from cache_tiers.aside import Aside
 from cache_tiers.fence import ForgetFence
 from cache_tiers.host import HostTier
 from cache_tiers.redis_tier import RedisTier
+from cache_tiers.spans import PoolSpans, Spans
 from cache_tiers.workers import Workers
 from pdserve.engine.api import Unpin, WriteBack
 from pdserve.errors import TierError
@@ -30,7 +29,6 @@ from pdserve.types import BlockKey, Tier
 IDLE_S = 2.0
 _UNDELETED_MAX = 65536
 
-SpanOf = Callable[[int], memoryview]
 UnpinSink = Callable[[Unpin], None]
 
 
@@ -87,16 +85,17 @@ class WritePath:
         host: HostTier | None,
         redis: RedisTier | None,
         fence: ForgetFence,
-        span: SpanOf,
+        pool: PoolSpans,
         span_bytes: int,
         limits: WriteLimits,
     ) -> None:
         self._host = host
         self._redis = redis
         self._fence = fence
-        self._span = span
+        self._pool = pool
         self._limits = limits
-        self._aside = Aside(limits.aside_bytes if redis is not None else 0, span_bytes)
+        aside_bytes = limits.aside_bytes if redis is not None else 0
+        self._aside = Aside(aside_bytes, span_bytes, pool.adopt)
         self._lock = threading.Lock()
         self._counts = WriteCounts()
         self._pinned = 0
@@ -161,6 +160,7 @@ class WritePath:
         self._writer.join(deadline)
         if self._sender is not None:
             self._sender.join(deadline)
+        self._aside.close()
 
     # ---- the writer's thread ---------------------------------------------------------------------
 
@@ -184,11 +184,11 @@ class WritePath:
         job = save.job
         aside: _Send | None = None
         try:
-            views = [self._span(block) for block in job.blocks]
+            spans = self._pool.of(job.blocks)
             if self._host is not None:
-                self._host.put(job.keys, views)
+                self._host.keep(job.keys, spans)
             if not job.from_peer:
-                aside = self._set_aside(job.keys, views)
+                aside = self._set_aside(job.keys, spans)
         finally:
             # From here on no byte of the blocks is read.
             self._unpinned(job)
@@ -196,15 +196,18 @@ class WritePath:
         if aside is not None and (self._sender is None or not self._sender.post(aside)):
             self._drop_aside(aside)
 
-    def _set_aside(self, keys: Sequence[BlockKey], views: Sequence[memoryview]) -> _Send | None:
+    def _set_aside(self, keys: Sequence[BlockKey], spans: Spans) -> _Send | None:
         """One copy of as many leading blocks as there is room for."""
         if self._redis is None:
             return None
         rows = [] if self._redis.refuses_writes() else self._aside.take(len(keys))
         with self._lock:
             self._count(unsent_blocks=len(keys) - len(rows))
-        for row, view in zip(rows, views, strict=False):
-            np.copyto(np.frombuffer(self._aside.view(row), np.uint8), np.frombuffer(view, np.uint8))
+        try:
+            spans.read({i: self._aside.row(row) for i, row in enumerate(rows)})
+        except BaseException:
+            self._aside.give_back(rows)
+            raise
         return _Send(tuple(keys[: len(rows)]), tuple(rows)) if rows else None
 
     # ---- the sender's thread ---------------------------------------------------------------------
@@ -231,7 +234,7 @@ class WritePath:
         try:
             held = self._redis.contains(job.keys)
             chosen = [
-                (key, self._aside.view(row))
+                (key, self._aside.row(row).data)
                 for key, row, is_held in zip(job.keys, job.rows, held, strict=True)
                 if self._wants(key, is_held)
             ]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 import time
 
+import pytest
 from real_redis import RealRedis, new_keys
-from tier_world import World, open_world
+from tier_world import SPAN, World, open_world
 
+from cache_tiers import device_spans
 from pdserve.engine.api import PinTicket, TierReadDone, Unpin
 from pdserve.types import BlockKey, Tier
 
@@ -17,15 +19,22 @@ H, R = Tier.HOST, Tier.REDIS
 PATIENT_S = 5.0
 
 
+@pytest.fixture(params=["host", "device"])
+def as_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Where the pool lies; one on a device receives three blocks of Redis at a time."""
+    monkeypatch.setattr(device_spans, "STAGING_BYTES", 3 * SPAN)
+    return bool(request.param == "device")
+
+
 def test_random_steps_agree_with_a_plain_dictionary(
-    real_redis: RealRedis, worlds: list[World]
+    real_redis: RealRedis, worlds: list[World], as_device: bool
 ) -> None:
     """One step after another; two sets of keys say what each tier must hold."""
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
     draw = random.Random(seed)
     chains = [[BlockKey(draw.randbytes(16)) for _ in range(8)] for _ in range(3)]
-    world = open_world(worlds, real_redis.url, host=24, timeout_s=PATIENT_S)
+    world = open_world(worlds, real_redis.url, host=24, timeout_s=PATIENT_S, as_device=as_device)
     in_host: set[BlockKey] = set()
     in_redis: set[BlockKey] = set()
     for _ in range(200):
@@ -59,7 +68,7 @@ def test_random_steps_agree_with_a_plain_dictionary(
 
 
 def test_random_jobs_agree_with_what_was_written(
-    real_redis: RealRedis, worlds: list[World]
+    real_redis: RealRedis, worlds: list[World], as_device: bool
 ) -> None:
     """Chains over 30 keys, small tiers, a Redis that dies and returns; memory is watched."""
     seed = random.randrange(1 << 32)
@@ -73,6 +82,7 @@ def test_random_jobs_agree_with_what_was_written(
         blocks=2000,
         breaker_open_s=0.05,
         timeout_s=PATIENT_S,
+        as_device=as_device,
     )
     written: set[BlockKey] = set()
     reads: list[tuple[object, list[BlockKey], int]] = []

@@ -8,9 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
 from real_redis import CONFIG, FINGERPRINT, WRITER
 
+from cache_tiers.device_spans import DevicePool
 from cache_tiers.manager import TierManager
+from cache_tiers.spans import HostPool
 from cache_tiers.write_path import WriteLimits
 from pdserve.config import CacheConfig, HostTierConfig
 from pdserve.engine.api import (
@@ -33,7 +36,10 @@ def value_of(key: BlockKey) -> bytes:
 
 
 class World:
-    """``host``: spans of the host tier. ``span``: called before the manager sees a block."""
+    """``host``: spans of the host tier. ``on_span``: called before the manager sees a block.
+
+    ``as_device``: the pool is copied as one on a device is, without its streams.
+    """
 
     def __init__(
         self,
@@ -43,6 +49,7 @@ class World:
         limits: WriteLimits | None = None,
         writer: Incarnation = WRITER,
         on_span: Callable[[int], None] = lambda block: None,
+        as_device: bool = False,
         **redis: object,
     ) -> None:
         self.pool = np.zeros((blocks, SPAN), dtype=np.uint8)
@@ -56,7 +63,7 @@ class World:
             FINGERPRINT,
             writer,
             redis_url,
-            self._span,
+            DevicePool(torch.from_numpy(self.pool)) if as_device else HostPool(self._span),
             limits or WriteLimits(),
         )
 

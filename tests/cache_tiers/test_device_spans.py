@@ -1,0 +1,117 @@
+"""Copies between a pool on a device and host memory are those of a pool in host memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from cache_tiers import device_spans
+from cache_tiers.device_spans import DevicePool
+from cache_tiers.host import HostTier
+from cache_tiers.spans import HostPool, PoolSpans
+from pdserve.pages import Bytes, arena
+from pdserve.types import BlockKey, Incarnation
+
+SPAN, BLOCKS, ROWS = 4_808, 40, 16
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def random_bytes(rows: int) -> Bytes:
+    return np.random.default_rng().integers(0, 256, (rows, SPAN), dtype=np.uint8)
+
+
+class Both:
+    """The same blocks in host memory and on a device, and host memory that both know."""
+
+    def __init__(self, device: str) -> None:
+        if device == "cuda" and not torch.cuda.is_available():
+            pytest.skip("no CUDA device on this machine")
+        self.host = random_bytes(BLOCKS)
+        self.device = torch.from_numpy(self.host.copy()).to(device)
+        self.pools: tuple[PoolSpans, PoolSpans] = (
+            HostPool(lambda block: self.host[block].data),
+            DevicePool(self.device),
+        )
+        self.rows = [arena(ROWS, SPAN) for _ in self.pools]
+        self.release = [pool.adopt(rows) for pool, rows in zip(self.pools, self.rows, strict=True)]
+
+    def check(self) -> None:
+        assert (self.device.cpu().numpy() == self.host).all()
+        assert (self.rows[0] == self.rows[1]).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_spans_are_read_and_written_as_in_host_memory(device: str) -> None:
+    both = Both(device)
+    draw = np.random.default_rng()
+    for _ in range(30):
+        blocks = [int(block) for block in draw.choice(BLOCKS, 12, replace=False)]
+        begin, end = sorted(int(at) for at in draw.integers(0, 13, 2))
+        chosen = [i for i in range(end - begin) if draw.random() < 0.7]
+        rows = draw.choice(ROWS, len(chosen), replace=False)
+        read = bool(draw.random() < 0.5)
+        for pool, memory in zip(both.pools, both.rows, strict=True):
+            spans = pool.of(blocks).part(begin, end)
+            assert len(spans) == end - begin
+            pairs = {i: memory[row] for i, row in zip(chosen, rows, strict=True)}
+            if read:
+                spans.read(pairs)
+            else:
+                spans.write(pairs)
+        both.check()
+        both.rows[0][:] = random_bytes(ROWS)
+        both.rows[1][:] = both.rows[0]
+    for release in both.release:
+        release()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_is_received_lies_in_the_blocks_afterwards(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_spans, "STAGING_BYTES", 5 * SPAN + 1)
+    both = Both(device)
+    assert both.pools[1].of(range(BLOCKS)).room == 5, "no more page-locked memory than that"
+    assert both.pools[1].of(range(3)).room == 3
+    for blocks in ([7, 3, 9, 30, 0], [3], []):
+        values = random_bytes(len(blocks))
+        for pool in both.pools:
+            with pool.of(blocks).received() as views:
+                assert len(views) == len(blocks)
+                for view, value in zip(views, values, strict=True):
+                    view[:] = value.tobytes()
+        both.check()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_host_tier_gives_a_device_what_it_kept_of_it(device: str) -> None:
+    both = Both(device)
+    pool = both.pools[1]
+    tier = HostTier(8 * SPAN, SPAN, Incarnation(b"w" * 16), pool.adopt)
+    keys = [BlockKey(bytes([i]) * 16) for i in range(8)]
+    tier.keep(keys, pool.of(range(8)))
+    wanted = both.device[:8].clone()
+    both.device.zero_()
+    assert tier.fill(keys, pool.of(range(20, 28))) == 8
+    assert torch.equal(both.device[20:28], wanted)
+    assert not both.device[:20].any()
+    tier.close()
+    tier.close()
+
+
+def test_a_copy_that_fails_costs_the_host_tier_no_room() -> None:
+    def broken(block: int) -> memoryview:
+        if block == 2:
+            return memoryview(bytearray(SPAN - 1))
+        return memoryview(bytearray(SPAN))
+
+    tier = HostTier(4 * SPAN, SPAN, Incarnation(b"w" * 16))
+    keys = [BlockKey(bytes([i]) * 16) for i in range(4)]
+    for _ in range(3):
+        with pytest.raises(ValueError, match="broadcast"):
+            tier.keep(keys, HostPool(broken).of(range(4)))
+    assert tier.count == 0
+    tier.keep(keys, HostPool(lambda block: memoryview(bytearray(SPAN))).of(range(4)))
+    assert tier.count == 4
