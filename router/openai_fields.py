@@ -36,6 +36,7 @@ class Ask:
     raw: RawRequest
     stream: bool
     include_usage: bool
+    continuous_usage: bool  # in every chunk, of its choice so far
     echo: bool
     # Alternatives to list with each token; None lists nothing.
     logprobs: int | None
@@ -43,6 +44,8 @@ class Ask:
     return_token_ids: bool
 
 
+# OpenAI's, and one that servers of open models and their load generators share.
+_STREAM_OPTIONS = ("include_usage", "include_obfuscation", "continuous_usage_stats")
 # Passed on by the names of the proto.
 _PASSED = frozenset(
     {
@@ -164,6 +167,7 @@ def parse(kind: Kind, body: Body, *, max_prompts: int) -> Ask:
             passed.setdefault("prompt_logprobs", logprobs)
     if logprobs is not None:
         passed["logprobs"] = logprobs
+    options = _stream_options(body)
     return Ask(
         kind=kind,
         raw=RawRequest(
@@ -173,7 +177,8 @@ def parse(kind: Kind, body: Body, *, max_prompts: int) -> Ask:
             labels=labels,
         ),
         stream=stream,
-        include_usage=_include_usage(body) and stream,
+        include_usage=stream and options["include_usage"],
+        continuous_usage=stream and options["include_usage"] and options["continuous_usage_stats"],
         echo=echo,
         logprobs=logprobs if isinstance(logprobs, int) else None,
         prompt_logprobs=body.get("prompt_logprobs") is not None,
@@ -284,17 +289,20 @@ def _chat_length(body: Body, passed: dict[str, object], labels: dict[str, str]) 
     labels["max_tokens"] = "max_completion_tokens"
 
 
-def _include_usage(body: Body) -> bool:
+def _stream_options(body: Body) -> dict[str, bool]:
+    """Each option of a stream, False where it is not given."""
     value = body.get("stream_options")
     if value is None:
-        return False
+        value = {}
     if not isinstance(value, Mapping):
         raise fields.refuse("stream_options", value, "an object")
     for name, item in value.items():
-        if name not in ("include_usage", "include_obfuscation"):
+        if name not in _STREAM_OPTIONS:
             raise InvalidRequest(
-                f"stream_options: {fields.show(name)} is not a field of it", param="stream_options"
+                f"stream_options: {fields.show(name)} is not a field of it; "
+                f"{', '.join(_STREAM_OPTIONS)} are",
+                param="stream_options",
             )
         if item is not None:
             fields.boolean(f"stream_options.{name}", item)
-    return value.get("include_usage") is True
+    return {name: value.get(name) is True for name in _STREAM_OPTIONS}

@@ -87,6 +87,8 @@ class Answer:
                     delta.prompt_logprobs, self._tokens
                 )
         result = {**self._head, "object": _CHUNK[self._ask.kind], "choices": [shown]}
+        if self._ask.continuous_usage:
+            return {**result, "usage": _so_far(delta.usage)}
         return {**result, "usage": None} if self._ask.include_usage else result
 
     def last_usage(self) -> dict[str, Any]:
@@ -193,6 +195,14 @@ class Answer:
         if delta.tokens:
             parts.append(entries.entries(*_split(delta.tokens)))
         return openai_logprobs.merge(parts) if parts else None
+
+
+def _so_far(usage: Usage) -> dict[str, int]:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+    }
 
 
 def _split(tokens: tuple[TokenOut, ...]) -> tuple[list[int], list[TokenLogprob | None]]:

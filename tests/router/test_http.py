@@ -62,6 +62,39 @@ def test_openai_client_streams_a_chat_with_usage(world: World, client: openai.Op
     assert len({c.id for c in seen}) == 1
 
 
+def test_usage_comes_with_every_chunk_where_it_is_asked_for(
+    world: World, client: openai.OpenAI
+) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    stream = client.completions.create(
+        model=SERVED, prompt="the dog", n=2, seed=1, max_tokens=4, stream=True,
+        stream_options=options,
+    )  # fmt: skip
+    seen = list(stream)
+    counts: dict[int, list[int]] = {0: [], 1: []}
+    for chunk in seen[:-1]:
+        assert chunk.usage.prompt_tokens == len(world.ids("the dog"))
+        assert chunk.usage.total_tokens == (
+            chunk.usage.prompt_tokens + chunk.usage.completion_tokens
+        )
+        counts[chunk.choices[0].index].append(chunk.usage.completion_tokens)
+    for found in counts.values():
+        assert found == sorted(found)
+        assert found[0] >= 1
+        assert found[-1] == 4
+    assert seen[-1].usage.completion_tokens == 8
+
+
+def test_without_the_usage_of_the_end_none_comes_with_chunks(
+    world: World, client: openai.OpenAI
+) -> None:
+    stream = client.completions.create(
+        model=SERVED, prompt="the dog", max_tokens=4, stream=True,
+        stream_options={"continuous_usage_stats": True},
+    )  # fmt: skip
+    assert all(chunk.usage is None and chunk.choices for chunk in stream)
+
+
 def test_openai_client_completes_lists_of_prompts_n_times(
     world: World, client: openai.OpenAI
 ) -> None:
