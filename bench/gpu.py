@@ -11,6 +11,7 @@ shapes (tests/bench/test_gpu.py).
 from __future__ import annotations
 
 import argparse
+import gc
 import subprocess
 import sys
 import time
@@ -53,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     record.notes["contract tests"] = "not run" if parsed.skip_tests else f"exit status {tests}"
     for name in SHAPES:
         part(missing, name, partial(shape, record, missing, name))
+        gc.collect()  # a model and what is bound to it refer to each other
         torch.cuda.empty_cache()
     part(missing, "hand-off over CUDA IPC", lambda: hand_off(record, device))
     record.notes["not measured"] = missing
@@ -99,6 +101,7 @@ def shape(record: Record, missing: list[str], name: str) -> None:
     for streams in STREAMS:
         decode(record, name, bench, streams)
     prefill(record, name, bench, PROMPT)
+    bench.runner.detach()
 
 
 def timed(device: torch.device, run: Callable[[], object]) -> float:

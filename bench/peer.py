@@ -90,7 +90,7 @@ def _serve(
     with contextlib.suppress(EOFError):
         while True:
             first, count = pipe.recv()
-            pipe.send(exporter.offers(first, list(range(first, first + count))))
+            pipe.send(exporter.offers([(index, index) for index in range(first, first + count)]))
     exporter.close()
     pool.close()
 

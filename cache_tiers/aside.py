@@ -9,8 +9,9 @@ row that was given back last is taken first, so no more rows are ever touched th
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
+from cache_tiers.spans import Adopt
 from pdserve.errors import TierError
 from pdserve.pages import Bytes, arena
 
@@ -22,7 +23,7 @@ class Aside:
         self,
         bytes_max: int,
         span_bytes: int,
-        adopt: Callable[[Bytes], Callable[[], None]] | None = None,
+        adopt: Adopt | None = None,
     ) -> None:
         """``adopt`` prepares the memory for copies, and gives what ends that."""
         rows = bytes_max // span_bytes
@@ -30,7 +31,7 @@ class Aside:
             self._rows = arena(rows, span_bytes)
         except (OSError, ValueError, OverflowError) as error:
             raise TierError(f"no memory for {bytes_max} bytes that wait for Redis") from error
-        self._release = adopt(self._rows) if adopt and rows else None
+        self._release = adopt(self._rows, False) if adopt and rows else None
         self._lock = threading.Lock()
         self._free = list(range(rows - 1, -1, -1))  # its end is used first
 

@@ -1,21 +1,23 @@
 """Blocks of a pool on a device, copied between it and host memory on streams of the tiers' own.
 
-The engine tells of a block only once it is computed, and uses one that a tier fills only after it
-was told so; hence the copies wait for nothing on the engine's stream, and nothing waits for them.
+The engine tells of a block once its step is queued, and a step that samples nothing is not waited
+for; so every copy comes after what is queued on the engine's stream (the device's default one) by
+then. The engine uses what a tier filled only after it was told so, when the copy is complete.
 Host memory that the tiers keep is registered with the driver (page-locked), so the device copies it
 without a detour. A block moves whole and lies in one piece, so nothing is packed.
 """
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from contextlib import contextmanager
 
 import torch
 
+from pdserve.engine.memory import cuda_runtime
 from pdserve.pages import Bytes
 
 _logger = logging.getLogger(__name__)
@@ -38,38 +40,43 @@ class DevicePool:
     def of(self, blocks: Sequence[int]) -> DeviceSpans:
         return DeviceSpans(self, blocks)
 
-    def adopt(self, memory: Bytes) -> Callable[[], None]:
+    def adopt(self, memory: Bytes, ahead: bool) -> Callable[[], None]:
         """Page-locks ``memory``; where the driver refuses it is used as it is, and slower."""
         if not self.blocks.is_cuda or memory.nbytes == 0:
             return lambda: None
-        address, runtime = memory.ctypes.data, _runtime()
+        address, runtime = ctypes.c_void_p(memory.ctypes.data), cuda_runtime()
         with torch.cuda.device(self.blocks.device):
-            status = int(runtime.cudaHostRegister(address, memory.nbytes, 0))
+            torch.cuda.current_stream().synchronize()  # creates the context
+            status = runtime.cudaHostRegister(address, ctypes.c_size_t(memory.nbytes), 0)
         if status != 0:
+            # Else the next kernel that this thread launches would be blamed for it.
+            runtime.cudaGetLastError()
             size = memory.nbytes >> 20
             _logger.warning("%d MiB of a tier are not page-locked: CUDA error %d", size, status)
             return lambda: None
 
         def release() -> None:
-            runtime.cudaHostUnregister(address)
+            if runtime.cudaHostUnregister(address) != 0:
+                runtime.cudaGetLastError()
 
         return release
 
-    def stream(self) -> AbstractContextManager[object]:
-        """Makes this thread's own stream the current one."""
+    @contextmanager
+    def copying(self) -> Iterator[None]:
+        """Copies inside run on this thread's own stream, and are complete at its end."""
         if not self.blocks.is_cuda:
-            return nullcontext()
+            yield
+            return
         stream = getattr(self._own, "stream", None)
         if stream is None:
             stream = torch.cuda.Stream(self.blocks.device)  # type: ignore[no-untyped-call]
             self._own.stream = stream
-        context: AbstractContextManager[object] = torch.cuda.stream(stream)
-        return context
-
-    def synchronize(self) -> None:
-        """Waits for what this thread's current stream holds."""
-        if self.blocks.is_cuda:
-            torch.cuda.current_stream(self.blocks.device).synchronize()
+        stream.wait_stream(torch.cuda.default_stream(self.blocks.device))
+        try:
+            with torch.cuda.stream(stream):
+                yield
+        finally:
+            stream.synchronize()
 
     def staging(self) -> torch.Tensor:
         """uint8 [staging_rows, span_bytes], page-locked, this thread's own."""
@@ -97,18 +104,16 @@ class DeviceSpans:
         return DeviceSpans(self._pool, self._blocks[begin:end])
 
     def read(self, into: Mapping[int, Bytes]) -> None:
-        with self._pool.stream():
+        with self._pool.copying():
             for position, row in into.items():
                 block = self._pool.blocks[self._blocks[position]]
                 torch.from_numpy(row).copy_(block, non_blocking=True)
-            self._pool.synchronize()
 
     def write(self, rows: Mapping[int, Bytes]) -> None:
-        with self._pool.stream():
+        with self._pool.copying():
             for position, row in rows.items():
                 block = self._pool.blocks[self._blocks[position]]
                 block.copy_(torch.from_numpy(row), non_blocking=True)
-            self._pool.synchronize()
 
     @contextmanager
     def received(self) -> Iterator[Sequence[memoryview]]:
@@ -116,7 +121,3 @@ class DeviceSpans:
         assert len(rows) == len(self._blocks), "no more than ``room`` at once"
         yield [row.data for row in rows]
         self.write(dict(enumerate(rows)))
-
-
-def _runtime() -> Any:
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]

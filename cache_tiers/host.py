@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cache_tiers.base import TierStats
-from cache_tiers.spans import HostSpans, Spans
+from cache_tiers.spans import Adopt, HostSpans, Spans
 from pdserve.errors import TierError
-from pdserve.pages import Bytes, arena
+from pdserve.pages import arena
 from pdserve.types import BlockKey, Incarnation, Tier
 
 
@@ -51,7 +51,7 @@ class HostTier:
         bytes_max: int,
         span_bytes: int,
         incarnation: Incarnation,
-        adopt: Callable[[Bytes], Callable[[], None]] | None = None,
+        adopt: Adopt | None = None,
     ) -> None:
         self._span_bytes = span_bytes
         self._incarnation = incarnation
@@ -60,7 +60,7 @@ class HostTier:
             self._arena = arena(self._slots, span_bytes)
         except (OSError, ValueError, OverflowError) as error:
             raise TierError(f"no memory for a host tier of {bytes_max} bytes: {error}") from error
-        self._release = adopt(self._arena) if adopt and self._slots else None
+        self._release = adopt(self._arena, True) if adopt and self._slots else None
         self._lock = threading.Lock()
         self._index: OrderedDict[BlockKey, _Entry] = OrderedDict()  # oldest first
         self._free = list(range(self._slots - 1, -1, -1))  # its end is used first
@@ -122,15 +122,24 @@ class HostTier:
         self.keep(keys, HostSpans(values), writers)
 
     def keep(
-        self, keys: Sequence[BlockKey], values: Spans, writers: Sequence[Incarnation] = ()
+        self,
+        keys: Sequence[BlockKey],
+        values: Spans,
+        writers: Sequence[Incarnation] = (),
+        before: Sequence[BlockKey] = (),
     ) -> None:
-        """The same from spans that may lie on a device."""
+        """The same from spans that may lie on a device.
+
+        ``before``: what comes before ``keys`` in their prefix. It stays the newer, and none of it
+        makes room for them.
+        """
+        chain = (*before, *keys)
         filling: dict[int, tuple[BlockKey, _Entry]] = {}
         with self._lock:
             # The newest entries are now those of this prefix: room for a late block must not be
             # made at the cost of an early one.
-            self._touch(keys)
-            present = sum(key in self._index for key in keys)
+            self._touch(chain)
+            present = sum(key in self._index for key in chain)
             for i, key in enumerate(keys):
                 if key in self._index:
                     continue
@@ -153,7 +162,7 @@ class HostTier:
                 entry.listed = True
                 self._index[key] = entry
                 self._count.stored += 1
-            self._touch(keys)
+            self._touch(chain)
 
     def delete(self, keys: Sequence[BlockKey]) -> None:
         with self._lock:

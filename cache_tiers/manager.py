@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from cache_tiers.aside import Aside
 from cache_tiers.base import TierStats
 from cache_tiers.codec import HEADER_BYTES
 from cache_tiers.fence import ForgetFence
@@ -88,12 +89,13 @@ class TierManager:
         self._wanted_redis = bool(redis_url)
         self._host = self._open_host(config, span_bytes, incarnation)
         self._redis = self._open_redis(config, redis_url, span_bytes, fingerprint, incarnation)
+        aside = self._open_aside(limits)
         self._fence = ForgetFence()
         self._read_path = ReadPath(self._host, self._redis, self._fence)
         self._readers: Workers[tuple[TierRead, ReadSink]] = Workers(
             "tier-read", READERS, self._handle_read
         )
-        self._write_path = WritePath(self._host, self._redis, self._fence, pool, span_bytes, limits)
+        self._write_path = WritePath(self._host, self._redis, self._fence, pool, aside, limits)
 
     @property
     def enabled(self) -> bool:
@@ -228,6 +230,17 @@ class TierManager:
             )
             return None
         return RedisTier(url, config.redis, span_bytes, fingerprint, incarnation)
+
+    def _open_aside(self, limits: WriteLimits) -> Aside:
+        """Before any thread runs: without this memory there is no Redis tier."""
+        if self._redis is not None:
+            try:
+                return Aside(limits.aside_bytes, self._span_bytes, self._pool.adopt)
+            except TierError as error:
+                self._complain(f"redis tier off: {error}")
+                self._redis.close()
+                self._redis = None
+        return Aside(0, self._span_bytes)
 
     def _complain(self, text: str) -> None:
         logger.warning(text)

@@ -78,9 +78,9 @@ class ReadPath:
                 times.took(Tier.HOST, began, held)
                 hits += [Tier.HOST] * held
                 at = len(hits)
-            run = min(self._run(keys[at:]), into.part(at, len(keys)).room)
+            run = self._run(keys[at:])
             began = time.monotonic()
-            found = self._from_redis(keys[at : at + run], into.part(at, at + run))
+            found = self._from_redis(keys[: at + run], at, into)
             if run:
                 times.took(Tier.REDIS, began, found)
             hits += [Tier.REDIS] * found
@@ -97,17 +97,34 @@ class ReadPath:
         held = self._host.contains(keys)
         return max(1, held.index(True) if True in held else len(keys))
 
-    def _from_redis(self, keys: Sequence[BlockKey], into: Spans) -> int:
-        if self._redis is None or not keys:
+    def _from_redis(self, keys: Sequence[BlockKey], at: int, into: Spans) -> int:
+        """Reads ``keys`` from the ``at``-th on, as many at a time as can be received."""
+        if self._redis is None or at == len(keys):
             return 0
+        deadline = time.monotonic() + self._redis.time_limit(len(keys) - at)
+        found = at
+        while found < len(keys):
+            end = found + into.part(found, len(keys)).room
+            before = found
+            found += self._received(keys[:end], found, into.part(found, end), deadline)
+            if found < end:
+                break
+            assert found > before, "there is always room for one"
+        return found - at
+
+    def _received(self, keys: Sequence[BlockKey], at: int, into: Spans, deadline: float) -> int:
+        assert self._redis is not None
+        wanted = keys[at:]
+        limit = min(self._redis.time_limit(len(wanted)), deadline - time.monotonic())
         with into.received() as views:
             try:
-                writers = self._redis.fetch(keys, views, self._redis.time_limit(len(keys)))
+                writers = self._redis.fetch(wanted, views, max(0.0, limit))
             except TierError:
                 return 0
             found = len(writers)
             if self._host is not None and found:
-                self._host.keep(keys[:found], HostSpans(views[:found]), writers)
+                values = HostSpans(views[:found])
+                self._host.keep(wanted[:found], values, writers, before=keys[:at])
         return self._without_revoked(writers)
 
     def _without_revoked(self, writers: Sequence[Incarnation]) -> int:

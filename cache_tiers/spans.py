@@ -44,13 +44,19 @@ class Spans(Protocol):
         ...
 
 
+Adopt = Callable[[Bytes, bool], Callable[[], None]]
+
+
 class PoolSpans(Protocol):
     """Thread-safe."""
 
     def of(self, blocks: Sequence[int]) -> Spans: ...
 
-    def adopt(self, memory: Bytes) -> Callable[[], None]:
-        """Prepares host memory that spans are copied from and to; call the result at its end."""
+    def adopt(self, memory: Bytes, ahead: bool) -> Callable[[], None]:
+        """Prepares host memory that spans are copied from and to; call the result at its end.
+
+        ``ahead``: its pages are taken before they are used, and not as they are.
+        """
         ...
 
 
@@ -92,8 +98,9 @@ class HostPool:
     def of(self, blocks: Sequence[int]) -> HostSpans:
         return HostSpans([self._span(block) for block in blocks])
 
-    def adopt(self, memory: Bytes) -> Callable[[], None]:
-        take_pages(memory)
+    def adopt(self, memory: Bytes, ahead: bool) -> Callable[[], None]:
+        if ahead:
+            take_pages(memory)
         return _nothing
 
 

@@ -86,7 +86,7 @@ class WritePath:
         redis: RedisTier | None,
         fence: ForgetFence,
         pool: PoolSpans,
-        span_bytes: int,
+        aside: Aside,
         limits: WriteLimits,
     ) -> None:
         self._host = host
@@ -94,8 +94,7 @@ class WritePath:
         self._fence = fence
         self._pool = pool
         self._limits = limits
-        aside_bytes = limits.aside_bytes if redis is not None else 0
-        self._aside = Aside(aside_bytes, span_bytes, pool.adopt)
+        self._aside = aside
         self._lock = threading.Lock()
         self._counts = WriteCounts()
         self._pinned = 0

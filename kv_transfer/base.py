@@ -81,8 +81,11 @@ class BlockExporter(Protocol):
 
     def endpoint(self) -> Endpoint: ...
 
-    def offer(self, index: int, block: int) -> BlockOffer:
-        """Reads generation and checksum of a final block. Any thread."""
+    def offers(self, wanted: Sequence[tuple[int, int]]) -> tuple[BlockOffer, ...]:
+        """Reads generation and checksum of final blocks. Any thread.
+
+        ``wanted``: place in the prompt's list of blocks, and block in our pool.
+        """
         ...
 
     def close(self) -> None: ...

@@ -9,6 +9,8 @@ the whole copy. Copies go through a buffer, so that a local block only gets veri
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import time
 from collections.abc import Sequence
 
@@ -24,6 +26,8 @@ from kv_transfer.wire import MAX_ENTRIES, Check, Code, error_of
 from pdserve.engine.memory import PoolMemory
 from pdserve.errors import ChecksumMismatch, DeadlineExceeded, PdserveError, TransferError
 from pdserve.types import Fingerprint, Transport
+
+_log = logging.getLogger(__name__)
 
 
 class CudaIpcReader:
@@ -53,10 +57,15 @@ class CudaIpcReader:
             raise
         size = endpoint.num_blocks * endpoint.span_bytes
         base = self._pointer + endpoint.cuda_ipc_offset
-        flat = cudart.device_bytes(base, size, self._device)
-        self._remote = flat.view(endpoint.num_blocks, endpoint.span_bytes)
-        self._buffer = new_slot(pool, slot_blocks(pool.span_bytes))
-        self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        try:
+            flat = cudart.device_bytes(base, size, self._device)
+            self._remote = flat.view(endpoint.num_blocks, endpoint.span_bytes)
+            self._buffer = new_slot(pool, slot_blocks(pool.span_bytes))
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        except RuntimeError as error:  # torch's, of memory or of the device
+            self._let_go()
+            self._channel.close()
+            raise TransferError(f"the peer's memory cannot be used: {error}") from error
 
     def read(
         self, offers: Sequence[BlockOffer], into: Sequence[int], deadline: float
@@ -66,16 +75,20 @@ class CudaIpcReader:
             raise TransferError("the peer's memory is closed")
         span, rows = self._endpoint.span_bytes, self._buffer.shape[0]
         first = time.monotonic()
-        # Kernels of the engine that are still queued may use the local blocks' old contents.
-        self._stream.wait_stream(torch.cuda.default_stream(self._device))
         wrong: BlockOffer | None = None
         try:
+            # Kernels of the engine that are still queued may use the local blocks' old contents.
+            self._stream.wait_stream(torch.cuda.default_stream(self._device))
             for piece in split_reads(len(offers), span, rows * span, rows):
                 if time.monotonic() >= deadline:
                     raise DeadlineExceeded("the transfer's deadline passed")
                 wrong = wrong or self._copy(offers[piece], into[piece])
-        finally:
             self._stream.synchronize()
+        except RuntimeError as error:
+            raise TransferError(f"the device could not copy: {error}") from error
+        finally:
+            with contextlib.suppress(RuntimeError):  # it has been told
+                self._stream.synchronize()
         last = time.monotonic()
         self._check_generations(offers, deadline)
         if wrong is not None:
@@ -99,10 +112,18 @@ class CudaIpcReader:
         self.usable = False
         self._channel.close()
         if self._pointer:
-            self._stream.synchronize()
+            with contextlib.suppress(RuntimeError):  # nothing runs on a device that failed
+                self._stream.synchronize()
             self._remote = self._buffer[:0]
-            cudart.close_handle(self._pointer, self._device)
-            self._pointer = 0
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Does not raise: a handle of a dead peer must not keep others from being opened."""
+        pointer, self._pointer = self._pointer, 0
+        try:
+            cudart.close_handle(pointer, self._device)
+        except (TransferError, RuntimeError) as error:
+            _log.warning("the memory of a peer stays mapped: %s", error)
 
     def _copy(self, offers: Sequence[BlockOffer], into: Sequence[int]) -> BlockOffer | None:
         """At most one buffer full; returns an offer whose bytes are wrong."""

@@ -95,5 +95,6 @@ def device_bytes(pointer: int, nbytes: int, device: torch.device) -> torch.Tenso
 
 def _check(call: str, status: int) -> None:
     if status != 0:
+        _runtime().cudaGetLastError()  # else the thread's next kernel would be blamed for it
         text = _runtime().cudaGetErrorString(status).decode(errors="replace")
         raise TransferError(f"{call} failed: {text} ({status})")

@@ -76,20 +76,13 @@ class PoolExporter:
     def endpoint(self) -> Endpoint:
         return self._endpoint
 
-    def offer(self, index: int, block: int) -> BlockOffer:
-        """Reads generation and checksum of a final block. Any thread."""
-        return self.offers(index, [block])[0]
-
-    def offers(self, first_index: int, blocks: Sequence[int]) -> tuple[BlockOffer, ...]:
-        """The same of several consecutive blocks of a prompt, at once.
-
-        On a device the checksums run after what the calling thread's current stream holds.
-        """
-        generations = [int(self._pool.generations[block]) for block in blocks]
-        sums = self._sums(blocks)
+    def offers(self, wanted: Sequence[tuple[int, int]]) -> tuple[BlockOffer, ...]:
+        """On a device the checksums run after what the calling thread's current stream holds."""
+        generations = [int(self._pool.generations[block]) for _, block in wanted]
+        sums = self._sums([block for _, block in wanted])
         return tuple(
-            BlockOffer(first_index + i, block, generations[i], sums[i])
-            for i, block in enumerate(blocks)
+            BlockOffer(index, block, generation, value)
+            for (index, block), generation, value in zip(wanted, generations, sums, strict=True)
         )
 
     def stats(self) -> ServerStats:

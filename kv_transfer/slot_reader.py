@@ -141,7 +141,8 @@ class SlotReader:
         try:
             blocks = min(MAX_ENTRIES, slot_blocks(self._pool.span_bytes))
             link = self._open(links, blocks, deadline)
-            slot = new_slot(self._pool, blocks)
+            with link.stream():
+                slot = new_slot(self._pool, blocks)  # zeroed before anything is received into it
             self._opened.put(None)
             self._serve(link, slot)
         except Exception as error:

@@ -148,7 +148,8 @@ class SlotSender:
         except (TransferError, DeadlineExceeded):
             self._status(0, Code.LINK)
             raise
-        self._slot = new_slot(self._pool, blocks)
+        with self._link.stream():
+            self._slot = new_slot(self._pool, blocks)
         self._status(0, Code.OK)
 
     def serve(self, request: SlotRead) -> int:

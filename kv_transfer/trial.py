@@ -98,7 +98,7 @@ def _serve(transports: tuple[Transport, ...], device: str) -> None:
     for block in range(_BLOCKS):
         pool.blocks[block].copy_(_content(block))
     exporter = PoolExporter(pool, _FINGERPRINT, _HOST, token, transports)
-    offers = exporter.offers(0, range(_BLOCKS))
+    offers = exporter.offers([(index, index) for index in range(_BLOCKS)])
     messages = (endpoint_to_proto(exporter.endpoint()), offers_to_proto(offers))
     print(*(base64.b64encode(one.SerializeToString()).decode() for one in messages), flush=True)
     sys.stdin.read()

@@ -133,7 +133,7 @@ class PrefillService(kv_pb2_grpc.PrefillServicer):
         loop = asyncio.get_running_loop()
         offers = await loop.run_in_executor(
             self._hashing,
-            lambda: [offer_to_proto(self._exporter.offer(i, block)) for i, block in effect.blocks],
+            lambda: [offer_to_proto(offer) for offer in self._exporter.offers(effect.blocks)],
         )
         return kv_pb2.PrefillToDecode(offer=kv_pb2.Offer(blocks=offers))
 

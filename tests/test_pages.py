@@ -55,7 +55,24 @@ def test_what_is_written_meanwhile_stays(make) -> None:
     assert (memory == wanted).all()
 
 
-def test_memory_of_no_rows_is_empty_and_has_no_pages() -> None:
-    memory = arena(0, SPAN)
-    take_pages(memory).join(30)
-    assert memory.shape == (0, SPAN)
+def test_memory_of_no_rows_is_empty() -> None:
+    assert arena(0, SPAN).shape == (0, SPAN)
+
+
+def test_it_is_less_urgent_than_its_process_and_does_without_the_right_to_be(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ray starts actors at a niceness of 15, from which nobody may go back without a privilege."""
+    asked: list[int] = []
+
+    def refuse(which: int, who: int, niceness: int) -> None:
+        asked.append(niceness)
+        raise PermissionError
+
+    monkeypatch.setattr(os, "setpriority", refuse)
+    for own, wanted in ((0, 10), (5, 15), (15, 19), (19, 19)):
+        monkeypatch.setattr(os, "getpriority", lambda which, who, own=own: own)
+        memory = private()
+        take_pages(memory).join(30)
+        assert asked.pop() == wanted
+        assert faults_of_writing(memory) <= 3

@@ -19,7 +19,7 @@ from pdserve.engine.api import BlockHasher, EventSink
 from pdserve.engine.decode_graph import cuda_capture
 from pdserve.engine.dtypes import resolve_dtype
 from pdserve.engine.engine import Engine
-from pdserve.engine.host_memory import HostShare, Memory
+from pdserve.engine.host_memory import HostShare, Memory, measure_host
 from pdserve.engine.layout import BlockLayout, block_layout, fingerprint
 from pdserve.engine.memory import PoolMemory, allocate_cuda, allocate_shared
 from pdserve.engine.model import LoadedModel, load_model
@@ -29,7 +29,13 @@ from pdserve.engine.probe import probe_or_gather
 from pdserve.engine.quantized import Quantization
 from pdserve.engine.resolve import default_cache
 from pdserve.engine.runner import ModelRunner
-from pdserve.engine.sizing import PoolSize, SizingInputs, measure_memory, size_pool
+from pdserve.engine.sizing import (
+    PoolSize,
+    SizingInputs,
+    check_tiers,
+    measure_memory,
+    size_pool,
+)
 from pdserve.engine.triton_layer import TritonKernels, load_triton
 from pdserve.errors import ConfigError, PdserveError
 from pdserve.pages import take_pages
@@ -66,7 +72,8 @@ def build_engine(
     where = _device(device)
     if where.type == "cpu":
         torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
-    free = share.memory if share.memory and where.type == "cpu" else measure_memory(where)
+    on_host = share.memory if where.type == "cpu" else None
+    free = on_host or measure_memory(where, share.workers)
     dtype = resolve_dtype(config.model)
     library, kernel_note = choose_kernel(config, dtype, where)
     loaded = load_model(
@@ -115,6 +122,8 @@ def _sizing_inputs(
     free: Memory, share: HostShare, loaded: LoadedModel, where: torch.device
 ) -> SizingInputs:
     on_host = where.type == "cpu"
+    if not on_host:
+        check_tiers(share.tier_bytes, measure_host())
     return SizingInputs(
         memory=free,
         weights_bytes=loaded.weights_bytes,

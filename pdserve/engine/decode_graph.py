@@ -3,7 +3,7 @@
     graphs.takes(plan, ...) every row is a single token, and there is a graph for so many
     graphs.run(plan)        packed, padded -> copied to the graph's buffer -> replayed -> logits
 
-A graph is captured for each size of batch (1, 2, 4, ...), when a step of that size first comes,
+A graph is captured for each size of batch (1, 2, 4, ...), before anything is served (``prepare``),
 over buffers that stay where they are. Fewer rows are padded up to the size: padding sees no key and
 writes none. The only thing copied there is the packed plan; nothing waits but the sampler for its
 tokens. A model that cannot be captured is run as all other steps are, and ``reason`` says why.
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pdserve.engine.device_plan import DevicePlan, pack_plan, packed_size
+from pdserve.engine.device_plan import DevicePlan, Int32, pack_padding, pack_plan, packed_size
 from pdserve.engine.plan import StepPlan
 
 log = logging.getLogger(__name__)
@@ -75,10 +75,28 @@ class DecodeGraphs:
             and torch.equal(places, torch.arange(rows))
         )
 
+    def prepare(self) -> None:
+        """Captures every size, largest first, over rows that are padding alone.
+
+        Called before anything is served: capturing stops all streams, and takes memory.
+        """
+        for size in reversed(self._sizes):
+            self._copy(pack_padding(size))
+            if self._graph(size) is None:
+                return
+
     def run(self, plan: StepPlan) -> torch.Tensor | None:
         """Logits [rows, vocabulary], good until the next run; None where capturing failed."""
         size = next(size for size in self._sizes if size >= plan.size)
-        self._send(plan, size)
+        self._copy(pack_plan(plan, size))
+        graph = self._graph(size)
+        if graph is None:
+            return None
+        graph.replay()
+        return graph.logits[: plan.size]
+
+    def _graph(self, size: int) -> _Graph | None:
+        """Made over what lies in the buffer, where there is none yet."""
         graph = self._graphs.get(size)
         if graph is None:
             try:
@@ -90,11 +108,10 @@ class DecodeGraphs:
                 log.warning("decode steps are not replayed: %s", self.reason)
                 return None
             self._graphs[size] = graph
-        graph.replay()
-        return graph.logits[: plan.size]
+        return graph
 
-    def _send(self, plan: StepPlan, size: int) -> None:
-        packed = torch.from_numpy(pack_plan(plan, size))
+    def _copy(self, plan: Int32) -> None:
+        packed = torch.from_numpy(plan)
         if self._copied is not None:
             self._copied.synchronize()  # the last step's copy has left the host's buffer
         self._host[: len(packed)] = packed
@@ -127,8 +144,20 @@ def cuda_capture(device: torch.device) -> Capture:
     def capture(run: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(device)
-        with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool):
-            run()
+        # Other threads (tiers, hand-offs) may set up what they need meanwhile.
+        mode = "thread_local"
+        before = torch.cuda.current_stream(device)
+        try:
+            with (
+                torch.cuda.device(device),
+                torch.cuda.graph(graph, pool=pool, capture_error_mode=mode),
+            ):
+                run()
+        except BaseException:
+            # A capture that cannot be ended leaves its stream the current one; every copy that
+            # comes after the engine's work knows that by the default stream.
+            torch.cuda.set_stream(before)
+            raise
         return graph.replay
 
     return capture

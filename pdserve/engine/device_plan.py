@@ -48,6 +48,15 @@ def pack_plan(plan: StepPlan, size: int) -> Int32:
     return np.concatenate(parts).astype(np.int32, copy=False)
 
 
+def pack_padding(size: int) -> Int32:
+    """``size`` tokens that belong to no row."""
+    rest = np.zeros(size, np.int32)
+    none = np.full(size, NO_BLOCK, np.int32)
+    items = np.arange(size, dtype=np.int32)
+    # The width of the tables, which are empty; then as in ``pack_plan``.
+    return np.concatenate(([1], rest, rest, none, rest, items, rest, rest)).astype(np.int32)
+
+
 @dataclass(frozen=True, slots=True)
 class DevicePlan:
     """``buffer``: int32 on the device, at least as long as what was packed."""

@@ -213,12 +213,17 @@ class Engine:
 
     def _step(self, plan: Plan) -> None:
         started = self._clock()
-        results: Sequence[RowResult | PdserveError]
+        results: Sequence[RowResult | PdserveError] = ()
+        failed: Exception | None = None
         try:
             results = self._compute(plan.work)
         except Exception as error:
             log.exception("a step of %d rows failed", len(plan.work))
-            results = self._one_by_one(plan.work, error)
+            failed = error
+        if failed is not None:
+            # A device on which nothing runs any more is no row's fault, and raises here.
+            self._runner.finish()
+            results = self._one_by_one(plan.work, failed)
         self._steps += 1
         self._scheduler.apply(plan, results, started, self._clock())
 
@@ -229,6 +234,7 @@ class Engine:
         for each in work:
             if each.zero_tail is not None:
                 self._runner.zero_tail(*each.zero_tail)
+        self._runner.finish()
         return results
 
     def _one_by_one(self, work: Sequence[Work], error: Exception) -> list[RowResult | PdserveError]:
@@ -240,6 +246,7 @@ class Engine:
             try:
                 results += self._compute([each])
             except Exception as own_error:
+                self._runner.finish()
                 results.append(computing_failed(own_error))
         return results
 

@@ -127,12 +127,14 @@ def allocate_cuda(
 ) -> PoolMemory:
     """A zeroed pool from plain cudaMalloc, whose base address CUDA IPC can export."""
     size = num_blocks * span_bytes
-    runtime = ctypes.CDLL(_cudart_path())
+    runtime = cuda_runtime()
     pointer = ctypes.c_void_p()
     with torch.cuda.device(device):
         torch.cuda.current_stream().synchronize()  # creates the context
+        torch.cuda.empty_cache()  # what loading left with torch is no memory to the runtime
         status = runtime.cudaMalloc(ctypes.byref(pointer), ctypes.c_size_t(size))
     if status != 0 or pointer.value is None:
+        runtime.cudaGetLastError()  # else the next kernel would be blamed for it
         raise DoesNotFit(
             f"the KV pool of {num_blocks} blocks x {span_bytes} bytes = {size / 2**30:.2f} GiB "
             f"does not fit on {device}: cudaMalloc returned {status}"
@@ -152,8 +154,12 @@ def allocate_cuda(
     )
 
 
-def _cudart_path() -> str:
+def cuda_runtime() -> ctypes.CDLL:
     """The CUDA runtime that torch itself has loaded into this process."""
+    return ctypes.CDLL(_cudart_path())
+
+
+def _cudart_path() -> str:
     with open("/proc/self/maps", encoding="ascii", errors="replace") as maps:
         for line in maps:
             path = line.rsplit(maxsplit=1)[-1]

@@ -51,11 +51,21 @@ class ModelRunner:
         self._graphs = DecodeGraphs(
             self._graph_pass, capture, loaded.device, most_rows, min(width, self._pool.num_blocks)
         )
+        with torch.inference_mode():
+            self._graphs.prepare()
 
     def open_sampler(
         self, sampling: Sampling, token_ids: Sequence[int], prompt_len: int
     ) -> SamplerState:
         return self._sampler.open(sampling, token_ids, prompt_len)
+
+    def finish(self) -> None:
+        """Waits until the device has computed the step: then its blocks may be offered and copied.
+
+        Raises where the device failed, for whatever reason.
+        """
+        if self._loaded.device.type == "cuda":
+            torch.cuda.current_stream(self._loaded.device).synchronize()
 
     def zero_tail(self, block: int, used_tokens: int) -> None:
         self._pool.zero_tail(block, used_tokens)

@@ -42,11 +42,25 @@ class PoolSize:
     longest: int | None
 
 
-def measure_memory(device: torch.device) -> Memory:
+def measure_memory(device: torch.device, workers: int = 1) -> Memory:
+    """``workers`` that share a device each take a part of all of it: what is free there depends on
+    which of them have started, and one that comes back would find less than it had."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return Memory(free, f"free on {device}")
+        free, total = torch.cuda.mem_get_info(device)
+        return Memory(total, f"on {device}") if workers > 1 else Memory(free, f"free on {device}")
     return measure_host()
+
+
+def check_tiers(tier_bytes: int, host: Memory) -> None:
+    """DoesNotFit when the tiers of a worker on a device do not fit into ``host``, as it is now.
+
+    Their memory is page-locked, and so taken from the start.
+    """
+    if tier_bytes > host.free:
+        raise DoesNotFit(
+            f"the cache tiers, {_size(tier_bytes)}, do not fit into {_size(host.free)} "
+            f"{host.source}"
+        )
 
 
 def size_pool(

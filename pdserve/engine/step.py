@@ -64,3 +64,7 @@ class Runner(Protocol):
     def zero_tail(self, block: int, used_tokens: int) -> None:
         """Zeroes the positions of a block from ``used_tokens`` on, in every layer."""
         ...
+
+    def finish(self) -> None:
+        """Waits until all that was asked for is in the blocks; raises where it cannot come."""
+        ...

@@ -111,6 +111,9 @@ class SyntheticRunner:
     def zero_tail(self, block: int, used_tokens: int) -> None:
         self._kv[block, :, used_tokens:] = 0
 
+    def finish(self) -> None:
+        """Nothing is queued."""
+
     def _write(self, row: Row) -> None:
         positions = np.arange(row.start, row.start + len(row.tokens))
         blocks = row.block_table[positions // self._block_size]

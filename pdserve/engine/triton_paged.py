@@ -122,8 +122,8 @@ def attend_part(
         block = tl.load(table + position // BLOCK, mask=seen, other=0).to(tl.int64)
         slot = (position % BLOCK) * heads + head
         k = rows_at(pool, block * block_stride + key_offset + slot * KEY, seen, KEY, KEY_WIDE)
-        at = block * block_stride + value_offset + slot * VALUE
-        v = rows_at(pool, at, seen, VALUE, VALUE_WIDE)
+        value_at = block * block_stride + value_offset + slot * VALUE
+        v = rows_at(pool, value_at, seen, VALUE, VALUE_WIDE)
         most, total, mixed = add_keys(q, k, v, seen, scale, softcap, most, total, mixed, CAPPED)
 
     here = ((item * heads + head) * PARTS + part) * ROWS + row

@@ -35,7 +35,9 @@ class Both:
             DevicePool(self.device),
         )
         self.rows = [arena(ROWS, SPAN) for _ in self.pools]
-        self.release = [pool.adopt(rows) for pool, rows in zip(self.pools, self.rows, strict=True)]
+        self.release = [
+            pool.adopt(rows, True) for pool, rows in zip(self.pools, self.rows, strict=True)
+        ]
 
     def check(self) -> None:
         assert (self.device.cpu().numpy() == self.host).all()
@@ -99,6 +101,46 @@ def test_the_host_tier_gives_a_device_what_it_kept_of_it(device: str) -> None:
     assert not both.device[:20].any()
     tier.close()
     tier.close()
+
+
+@pytest.mark.gpu
+def test_copies_come_after_what_the_engine_has_queued() -> None:
+    """A chunk in the middle of a prompt is not waited for: its blocks may be given to a tier."""
+    both = Both("cuda")
+    spans = both.pools[1].of([4])
+    row = np.zeros(SPAN, np.uint8)
+    torch.cuda._sleep(500_000_000)
+    both.device[4] = 7
+    spans.read({0: row})
+    assert (row == 7).all()
+    torch.cuda._sleep(500_000_000)
+    both.device[4] = 8
+    spans.write({0: row})
+    assert (both.device[4] == 7).all()
+
+
+@pytest.mark.gpu
+def test_memory_that_cannot_be_page_locked_is_used_as_it_is() -> None:
+    both = Both("cuda")
+    again = both.pools[1].adopt(both.rows[1], True)  # it is locked already
+    both.device.add_(0)  # nobody is blamed for the refusal
+    torch.cuda.synchronize()
+    again()
+    both.check()
+
+
+def test_the_front_of_a_long_prefix_stays_when_it_comes_in_pieces() -> None:
+    """Pieces that are read one after the other from Redis must not drive each other out."""
+    values = random_bytes(12)
+    pool = HostPool(lambda block: values[block].data)
+    tier = HostTier(6 * SPAN, SPAN, Incarnation(b"w" * 16))
+    others = [BlockKey(bytes([99, i]) * 8) for i in range(5)]
+    tier.keep(others, pool.of(range(5)))
+    keys = [BlockKey(bytes([i]) * 16) for i in range(12)]
+    for at in range(0, 12, 4):
+        tier.keep(keys[at : at + 4], pool.of(range(at, at + 4)), before=keys[:at])
+    assert tier.contains(keys) == [True] * 6 + [False] * 6
+    assert not any(tier.contains(others))
 
 
 def test_a_copy_that_fails_costs_the_host_tier_no_room() -> None:

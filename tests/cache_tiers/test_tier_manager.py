@@ -9,7 +9,8 @@ import pytest
 from real_redis import RealRedis, new_keys
 from tier_world import SPAN, World, open_world
 
-from cache_tiers import write_path
+from cache_tiers import device_spans, manager, write_path
+from cache_tiers.aside import Aside
 from cache_tiers.fence import ForgetFence
 from cache_tiers.write_path import WriteLimits
 from pdserve.engine.api import TierReadDone, Unpin
@@ -53,6 +54,40 @@ def test_tiers_fill_each_others_holes_and_the_first_gap_ends_it(
     host.delete([keys[1], keys[2], keys[4], keys[6]])
     real_redis.client().delete(f"{prefix}:{keys[6].hex()}")
     assert world.read(keys) == [H, R, R, H, R, H]
+
+
+@pytest.mark.parametrize("as_device", [False, True])
+def test_a_prefix_larger_than_the_host_tier_leaves_its_front_there(
+    real_redis: RealRedis,
+    worlds: list[World],
+    as_device: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(device_spans, "STAGING_BYTES", 3 * SPAN)
+    keys = new_keys(12)
+    open_world(worlds, real_redis.url, timeout_s=5.0).write(keys)
+    world = open_world(worlds, real_redis.url, host=6, timeout_s=5.0, as_device=as_device)
+    world.write(new_keys(5))
+    assert world.read(keys) == [R] * 12
+    assert world.read(keys) == [H] * 6 + [R] * 6
+
+
+def test_without_memory_for_copies_there_is_no_redis_tier_and_it_says_so(
+    real_redis: RealRedis, worlds: list[World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Refused(Aside):
+        def __init__(self, bytes_max: int, *rest: object) -> None:
+            if bytes_max:
+                raise TierError("no memory")
+            super().__init__(bytes_max, SPAN)
+
+    monkeypatch.setattr(manager, "Aside", Refused)
+    world = open_world(worlds, real_redis.url, host=8)
+    keys = new_keys(3)
+    world.write(keys)
+    assert world.read(keys) == [H] * 3
+    assert world.manager.degraded() == "redis tier off: no memory"
+    assert world.manager.reach().redis is Reach.NEVER
 
 
 def test_one_tier_alone_works(real_redis: RealRedis, worlds: list[World]) -> None:

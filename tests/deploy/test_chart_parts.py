@@ -59,7 +59,7 @@ def test_one_gpu_node_is_one_pod_with_a_gpu_for_each_worker() -> None:
     workers = config.pools.prefill + config.pools.decode
     assert router["resources"]["limits"]["nvidia.com/gpu"] == workers == 2
     assert config.pools.gpus_per_worker == 1
-    assert config.transfer.transports[0] == "cuda_ipc"
+    assert config.transfer.transports == ("cuda_ipc", "nccl", "tcp"), "each has a GPU of its own"
     assert router["image"].endswith("-cuda")
     assert spec["runtimeClassName"] == "nvidia"
     assert [one["key"] for one in spec["tolerations"]] == ["nvidia.com/gpu"]

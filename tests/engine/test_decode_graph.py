@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pdserve.engine.decode_graph import DecodeGraphs, cuda_capture, graph_sizes
-from pdserve.engine.device_plan import NO_BLOCK, DevicePlan, pack_plan, upload
+from pdserve.engine.device_plan import NO_BLOCK, DevicePlan, pack_padding, pack_plan, upload
 from pdserve.engine.plan import StepPlan, plan_step
 from pdserve.engine.step import Row
 
@@ -68,10 +68,14 @@ class World:
     def __init__(self, most: int, width: int, fails: bool = False) -> None:
         self.captured = 0
         self.replayed = 0
+        self.replaying = False
+        self.passes: list[int] = []  # tokens of each, replays left out
         self.fails = fails
         self.graphs = DecodeGraphs(self.run_pass, self.capture, CPU, most, width)
 
     def run_pass(self, step: DevicePlan) -> torch.Tensor:
+        if not self.replaying:
+            self.passes.append(step.size)
         width = int(step.buffer[0])
         first = [int(step.tables[row * width]) for row in step.item_rows]
         told = [step.tokens, step.positions, step.item_contexts, step.slot_blocks]
@@ -84,7 +88,9 @@ class World:
 
         def replay() -> None:
             self.replayed += 1
+            self.replaying = True
             run()
+            self.replaying = False
 
         return replay
 
@@ -108,6 +114,32 @@ def test_every_step_reads_its_own_plan_and_sizes_are_captured_once() -> None:
         sizes.add(next(size for size in graph_sizes(8) if size >= len(contexts)))
     assert world.captured == len(sizes)
     assert world.replayed == 40
+
+
+def test_every_size_is_captured_before_anything_is_served() -> None:
+    world = World(most=20, width=6)
+    world.graphs.prepare()
+    assert world.passes == [20, 16, 8, 4, 2, 1], "the largest first"
+    assert (world.captured, world.replayed) == (6, 0)
+    plan = singles([3, 9, 17])
+    found = world.step(plan)
+    assert found is not None
+    assert found[:, 0].tolist() == plan.tokens.tolist()
+    assert (world.captured, world.replayed) == (6, 1)
+    broken = World(most=20, width=6, fails=True)
+    broken.graphs.prepare()
+    assert broken.passes == [20], "it is not tried with other sizes"
+    assert "cannot be captured" in broken.graphs.reason
+
+
+def test_padding_alone_sees_and_writes_nothing() -> None:
+    step = DevicePlan(torch.from_numpy(pack_padding(3)), 3, 3)
+    assert step.slot_blocks.tolist() == [NO_BLOCK] * 3
+    assert step.item_contexts.tolist() == step.item_rows.tolist() == [0] * 3
+    assert step.item_tokens.tolist() == [0, 1, 2]
+    assert step.tokens.tolist() == step.positions.tolist() == [0] * 3
+    assert step.tables.tolist() == []
+    assert int(step.buffer[0]) == 1
 
 
 def test_other_steps_are_not_taken() -> None:

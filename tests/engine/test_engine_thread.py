@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -22,7 +22,8 @@ from pdserve.engine.api import (
     Tokens,
 )
 from pdserve.engine.engine import Engine
-from pdserve.engine.memory import allocate_shared
+from pdserve.engine.memory import PoolMemory, allocate_shared
+from pdserve.engine.step import Row, RowResult
 from pdserve.engine.synthetic import SyntheticRunner, expected_tokens, synthetic_layout
 from pdserve.errors import DeadlineExceeded, Draining, InternalError, PdserveError
 from pdserve.types import AttemptTokens, Incarnation, Sampling
@@ -105,6 +106,77 @@ def inspect(engine: Engine) -> EngineSnapshot:
     engine.post(Inspect(read))
     assert done.wait(10)
     return seen[0]
+
+
+class Device(SyntheticRunner):
+    """Of a device that computes later, and at some point no more."""
+
+    def __init__(self, pool: PoolMemory, listener: Listener) -> None:
+        super().__init__(pool, 4, MODEL)
+        self.listener = listener
+        self.story: list[tuple[str, int]] = []  # and how many events had been told by then
+        self.dead = False
+
+    def step(self, rows: Sequence[Row]) -> list[RowResult]:
+        self.story.append(("step", len(self.listener.events)))
+        if self.dead:
+            raise RuntimeError("an illegal memory access was encountered")
+        return super().step(rows)
+
+    def finish(self) -> None:
+        self.story.append(("finish", len(self.listener.events)))
+        if self.dead:
+            raise RuntimeError("an illegal memory access was encountered")
+
+
+@pytest.fixture
+def device(listener: Listener) -> Iterator[tuple[Engine, Device]]:
+    pool = allocate_shared(32, synthetic_layout(4).span_bytes, Incarnation(b"i" * 16))
+    runner = Device(pool, listener)
+    engine = Engine(
+        runner=runner,
+        block_size=4,
+        num_blocks=32,
+        generations=pool.generations,
+        config=EngineConfig(),
+        hasher=KEYS.child,
+        has_tiers=False,
+        sink=listener,
+        max_model_len=100,
+        on_broken=listener.broke,
+    )
+    engine.start()
+    yield engine, runner
+    engine.stop()
+
+
+def test_nothing_is_told_of_a_step_before_the_device_has_finished_it(
+    device: tuple[Engine, Device], listener: Listener
+) -> None:
+    engine, runner = device
+    one = submit(1)
+    engine.post(one)
+    listener.wait_for(lambda _: listener.ended(one.seq))
+    assert [name for name, _ in runner.story[:2]] == ["step", "finish"]
+    pairs = zip(runner.story[::2], runner.story[1::2], strict=True)
+    for (step, before), (finish, after) in pairs:
+        assert (step, finish) == ("step", "finish")
+        assert before == after
+
+
+def test_a_device_that_is_gone_breaks_the_engine_and_not_each_request(
+    device: tuple[Engine, Device], listener: Listener
+) -> None:
+    """A worker that fails every request at once would look like the least busy one."""
+    engine, runner = device
+    one = submit(1, max_tokens=80)
+    engine.post(one)
+    listener.wait_for(lambda events: any(isinstance(event, Tokens) for event in events))
+    runner.dead = True
+    listener.wait_for(lambda _: listener.ended(one.seq))
+    assert isinstance(engine.failure, InternalError)
+    assert "illegal memory access" in str(engine.failure)
+    assert listener.broken_after == 0, "a worker must end before it answers anything"
 
 
 def test_many_threads_may_submit(engine: Engine, listener: Listener) -> None:

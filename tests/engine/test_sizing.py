@@ -11,7 +11,13 @@ import torch
 from pdserve.config import EngineConfig
 from pdserve.engine.host_memory import Memory, available_cgroup, available_host
 from pdserve.engine.layout import LayerShape, block_layout
-from pdserve.engine.sizing import MIN_BLOCKS, SizingInputs, measure_memory, size_pool
+from pdserve.engine.sizing import (
+    MIN_BLOCKS,
+    SizingInputs,
+    check_tiers,
+    measure_memory,
+    size_pool,
+)
 from pdserve.errors import DoesNotFit
 
 # SmolLM2's: 30 layers of 3 heads of 64; 16 tokens are 368,640 bytes in bfloat16.
@@ -50,6 +56,22 @@ def test_cache_tiers_are_part_of_the_share() -> None:
     assert size_pool(tiers, LAYOUT, ENGINE, fixed).blocks == fixed
     with pytest.raises(DoesNotFit):
         size_pool(tiers, LAYOUT, ENGINE, fixed + 1)
+
+
+def test_page_locked_tiers_have_to_fit_the_host() -> None:
+    host = Memory(10**9, "available on the host")
+    check_tiers(10**9, host)
+    with pytest.raises(DoesNotFit, match="the cache tiers, 1 GB, do not fit into 1 GB available"):
+        check_tiers(10**9 + 1, host)
+
+
+def test_workers_that_share_a_device_take_their_parts_of_all_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30 * 10**9, 80 * 10**9))
+    device = torch.device("cuda:0")
+    assert measure_memory(device) == Memory(30 * 10**9, "free on cuda:0")
+    assert measure_memory(device, 2) == Memory(80 * 10**9, "on cuda:0")
 
 
 def test_the_cap_holds_on_cpu_alone() -> None:

@@ -35,6 +35,22 @@ def test_the_kernels_compute_what_the_reference_does() -> None:
     assert done.returncode == 0
 
 
+@pytest.mark.skipif(not HERE, reason="triton is not installed: make test")
+def test_the_kernels_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
+    own = {"PYTHONPATH": str(BESIDE), "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.engine.triton_compile"],
+        env={**os.environ, **own, "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
+    print(done.stdout, done.stderr[-4000:])
+    assert done.returncode == 0
+    assert len(done.stdout.splitlines()) == 11
+
+
 @pytest.mark.gpu
 def test_the_kernels_compute_what_the_reference_does_on_a_gpu() -> None:
     if not torch.cuda.is_available():

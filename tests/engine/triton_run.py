@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from pdserve.engine import triton_paged
-from pdserve.engine.decode_graph import cuda_capture
+from pdserve.engine.decode_graph import cuda_capture, graph_sizes
 from pdserve.engine.device_plan import DevicePlan, pack_plan, packed_size
 from pdserve.engine.layout import LayerShape, block_layout
 from pdserve.engine.plan import plan_step
@@ -98,17 +98,24 @@ def replayed_model(device: str) -> int:
     layout = block_layout(16, "float32", loaded.shapes)
     memory = torch.zeros((24, layout.span_bytes), dtype=torch.uint8, device=device)
     runner = ModelRunner(loaded, pool_view(memory, layout), TritonKernels(triton_paged))
-    captured = []
+    captured, replayed = [], []
 
     def capture(run: Callable[[], None]) -> Callable[[], None]:
         captured.append(run)
-        return run
+
+        def replay() -> None:
+            replayed.append(run)
+            run()
+
+        return replay
 
     runner.use_graphs(capture if device == "cpu" else cuda_capture(loaded.device), 4)
     draw = np.random.default_rng(4)
     prompts = [draw.integers(5, VOCAB, count).tolist() for count in (3, 16, 40)]
     tracks = drive(runner, prompts, 4, 16, (64,))
-    assert device != "cpu" or len(captured) == 1, "three rows, one size"
+    if device == "cpu":
+        assert len(captured) == len(graph_sizes(4)), "every size, before any step"
+        assert replayed == [captured[0]] * 3, "three rows, so the largest; four tokens each"
     wrong = 0
     for prompt, track in zip(prompts, tracks, strict=True):
         expected, margin = generate("llama", prompt, 4)

@@ -99,7 +99,7 @@ class _Server:
         return self._exporter.endpoint()
 
     def offers(self, blocks: list[int]) -> tuple[BlockOffer, ...]:
-        return self._exporter.offers(0, blocks)
+        return self._exporter.offers(list(enumerate(blocks)))
 
     def free(self, block: int) -> None:
         """As an engine does it: first the generation, then other bytes."""

@@ -57,7 +57,7 @@ def two() -> Iterator[Two]:
 
 def damaged_after_the_offer(two: Two) -> bytes:
     two.fill(1, 7)
-    offer = two.exporter.offer(0, 1)
+    (offer,) = two.exporter.offers([(0, 1)])
     two.theirs.block_bytes(1)[SPAN // 2] ^= 1
     return two.read(offer)
 
@@ -87,7 +87,7 @@ def test_without_the_checksum_damaged_bytes_are_taken(
 def reused_after_the_offer(two: Two) -> bytes:
     """The owner gives the block to another prompt."""
     two.fill(1, 7)
-    offer = two.exporter.offer(0, 1)
+    (offer,) = two.exporter.offers([(0, 1)])
     two.theirs.generations[1] += 1
     two.fill(1, 8)
     return two.read(offer)
@@ -110,7 +110,7 @@ def test_without_the_generation_a_reuse_is_taken_for_damage(
 def another_process_in_its_place(two: Two) -> bytes:
     """What was announced is gone; its pid and descriptor lead to another pool of the same form."""
     two.fill(1, 7)
-    offer = two.exporter.offer(0, 1)
+    (offer,) = two.exporter.offers([(0, 1)])
     meant = two.exporter.endpoint()
     two.theirs.close()
     two.theirs = allocate_shared(BLOCKS, SPAN, Incarnation(os.urandom(16)))

@@ -25,11 +25,11 @@ def gpus(config: Config) -> Check:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     names = sorted({torch.cuda.get_device_name(index) for index in range(count)})
     seen = f"{count} GPUs ({', '.join(names)})" if count else "none"
+    shared = ", which share them" if 0 < count < wanted else ""
     build = f"torch {torch.__version__}, CUDA {torch.version.cuda or 'not built in'}"
     return Check(
         "gpus",
-        count >= wanted,
-        f"{seen} of the {wanted} that the pools want ({build})",
-        remedy="set pools.gpus_per_worker to 0, ask for fewer workers, or install a CUDA build of "
-        "torch and the driver",
+        count > 0,
+        f"{seen} for {wanted} workers{shared} ({build})",
+        remedy="set pools.gpus_per_worker to 0, or install a CUDA build of torch and the driver",
     )
