@@ -82,7 +82,10 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     panels = -(-n // PANEL)
     if n % PANEL:
         weight = torch.cat([weight, weight.new_zeros(panels * PANEL - n, k)])
-    return weight.view(panels, PANEL, k // 2, 2).permute(0, 2, 1, 3).contiguous()
+    # A pair of inputs stays together, so it moves as one number of 32 bits.
+    pairs = weight.contiguous().view(torch.int32).view(panels, PANEL, k // 2)
+    packed = pairs.transpose(1, 2).contiguous()
+    return packed.view(torch.bfloat16).view(panels, k // 2, PANEL, 2)
 
 
 def can_tile(linear: nn.Linear) -> bool:

@@ -7,6 +7,7 @@ both bfloat16 ways lies from it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -22,7 +23,7 @@ from pdserve.engine.fused import why_not_fused
 from pdserve.engine.model import LoadedModel, load_model
 from pdserve.engine.probe import relative_difference
 from pdserve.engine.step import Row
-from pdserve.engine.tiles import TiledLinear, tiles_work
+from pdserve.engine.tiles import PANEL, TiledLinear, pack, tiles_work
 from pdserve.types import Numerics
 from tests.engine.model_world import CPU, drive, family_folder, kernel, running
 from tests.models import VOCAB, randomize, write_tokenizer
@@ -179,6 +180,20 @@ def test_greedy_tokens_follow_the_exact_model_where_it_is_sure() -> None:
         assert runner.layers_note == "fused"
     same = sum(a.generated[0] == b.generated[0] for a, b in zip(right, found, strict=True))
     assert same == len(prompts)
+
+
+@pytest.mark.parametrize(("n", "k"), [(64, 6), (45, 70), (1, 2)])
+def test_packed_weights_lie_pair_by_pair(n: int, k: int) -> None:
+    weight = torch.randn(n, 2 * k).to(torch.bfloat16)[:, :k]  # also from a slice of another
+    packed = pack(weight)
+    panels = -(-n // PANEL)
+    assert packed.shape == (panels, k // 2, PANEL, 2)
+    padded = torch.cat([weight, weight.new_zeros(panels * PANEL - n, k)])
+    for panel, pair, output, odd in itertools.product(
+        range(panels), range(k // 2), range(PANEL), range(2)
+    ):
+        found = packed[panel, pair, output, odd]
+        assert found == padded[panel * PANEL + output, 2 * pair + odd]
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (192, 48), (5, 96), (1536, 576), (33, 2)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import prefill_worker.service as service
@@ -41,7 +41,7 @@ def denouncing(*blocks: int) -> kv_pb2.DecodeToPrefill:
 
 
 class Exporter:
-    """Hashes a block at once, or waits for ``go_on`` first."""
+    """Hashes blocks at once, or waits for ``go_on`` first."""
 
     def __init__(self) -> None:
         self.go_on = threading.Event()
@@ -50,9 +50,9 @@ class Exporter:
     def endpoint(self) -> Endpoint:
         return ENDPOINT
 
-    def offer(self, index: int, block: api.BlockId) -> BlockOffer:
+    def offers(self, wanted: Sequence[tuple[int, int]]) -> tuple[BlockOffer, ...]:
         assert self.go_on.wait(10)
-        return BlockOffer(index, block, 0, 0)
+        return tuple(BlockOffer(index, block, 0, 0) for index, block in wanted)
 
 
 class HandOff:
