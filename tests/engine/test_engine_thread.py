@@ -66,10 +66,11 @@ def listener() -> Listener:
     return Listener()
 
 
-@pytest.fixture
-def engine(listener: Listener) -> Engine:
-    pool = allocate_shared(32, synthetic_layout(4).span_bytes, Incarnation(b"i" * 16))
-    runner = SyntheticRunner(pool, 4, MODEL)
+def new_pool() -> PoolMemory:
+    return allocate_shared(32, synthetic_layout(4).span_bytes, Incarnation(b"i" * 16))
+
+
+def engine_over(pool: PoolMemory, runner: SyntheticRunner, listener: Listener) -> Engine:
     return Engine(
         runner=runner,
         block_size=4,
@@ -82,6 +83,12 @@ def engine(listener: Listener) -> Engine:
         max_model_len=100,
         on_broken=listener.broke,
     )
+
+
+@pytest.fixture
+def engine(listener: Listener) -> Engine:
+    pool = new_pool()
+    return engine_over(pool, SyntheticRunner(pool, 4, MODEL), listener)
 
 
 def submit(number: int, length: int = 9, max_tokens: int = 5, **fields: float) -> Submit:
@@ -131,20 +138,9 @@ class Device(SyntheticRunner):
 
 @pytest.fixture
 def device(listener: Listener) -> Iterator[tuple[Engine, Device]]:
-    pool = allocate_shared(32, synthetic_layout(4).span_bytes, Incarnation(b"i" * 16))
+    pool = new_pool()
     runner = Device(pool, listener)
-    engine = Engine(
-        runner=runner,
-        block_size=4,
-        num_blocks=32,
-        generations=pool.generations,
-        config=EngineConfig(),
-        hasher=KEYS.child,
-        has_tiers=False,
-        sink=listener,
-        max_model_len=100,
-        on_broken=listener.broke,
-    )
+    engine = engine_over(pool, runner, listener)
     engine.start()
     yield engine, runner
     engine.stop()

@@ -20,12 +20,11 @@ BESIDE = Path(sys.prefix) / "interpreted"
 HERE = importlib.util.find_spec("triton") is not None or (BESIDE / "triton").is_dir()
 
 
-@pytest.mark.skipif(not HERE, reason="triton is not installed: make test")
-def test_the_kernels_compute_what_the_reference_does() -> None:
-    """And a small model, whose decode steps are replayed, writes what ``generate`` does."""
+def check_run(module: str, *arguments: str, **environment: str) -> str:
+    """What a process of its own printed; it has to end well."""
     done = subprocess.run(
-        [sys.executable, "-m", SCRIPT, "cpu"],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(BESIDE)},
+        [sys.executable, "-m", module, *arguments],
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         check=False,
@@ -33,37 +32,27 @@ def test_the_kernels_compute_what_the_reference_does() -> None:
     )
     print(done.stdout, done.stderr[-4000:])
     assert done.returncode == 0
+    return done.stdout
+
+
+@pytest.mark.skipif(not HERE, reason="triton is not installed: make test")
+def test_the_kernels_compute_what_the_reference_does() -> None:
+    """And a small model, whose decode steps are replayed, writes what ``generate`` does."""
+    check_run(SCRIPT, "cpu", TRITON_INTERPRET="1", PYTHONPATH=str(BESIDE))
 
 
 @pytest.mark.skipif(not HERE, reason="triton is not installed: make test")
 def test_the_kernels_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
     own = {"PYTHONPATH": str(BESIDE), "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.engine.triton_compile"],
-        env={**os.environ, **own, "TRITON_INTERPRET": "0"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=280,
-    )
-    print(done.stdout, done.stderr[-4000:])
-    assert done.returncode == 0
-    assert len(done.stdout.splitlines()) == 11
+    told = check_run("tests.engine.triton_compile", TRITON_INTERPRET="0", **own)
+    assert len(told.splitlines()) == 11
 
 
 @pytest.mark.gpu
 def test_the_kernels_compute_what_the_reference_does_on_a_gpu() -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device on this machine")
-    done = subprocess.run(
-        [sys.executable, "-m", SCRIPT, "cuda"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=280,
-    )
-    print(done.stdout, done.stderr[-4000:])
-    assert done.returncode == 0
+    check_run(SCRIPT, "cuda")
 
 
 def test_where_it_cannot_be_used_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
