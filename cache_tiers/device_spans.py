@@ -1,8 +1,8 @@
 """Blocks of a pool on a device, copied between it and host memory on streams of the tiers' own.
 
-The engine tells of a block once its step is queued, and a step that samples nothing is not waited
-for; so every copy comes after what is queued on the engine's stream (the device's default one) by
-then. The engine uses what a tier filled only after it was told so, when the copy is complete.
+The engine tells of a block only once the device has finished its step (``Runner.finish``), and uses
+one that a tier filled only after it was told so, when the copy is complete; hence the copies wait
+for nothing on the engine's stream, and nothing waits for them.
 Host memory that the tiers keep is registered with the driver (page-locked), so the device copies it
 without a detour. A block moves whole and lies in one piece, so nothing is packed.
 """
@@ -17,6 +17,7 @@ from contextlib import contextmanager
 
 import torch
 
+from cache_tiers.spans import Received
 from pdserve.engine.memory import cuda_runtime
 from pdserve.pages import Bytes
 
@@ -71,7 +72,6 @@ class DevicePool:
         if stream is None:
             stream = torch.cuda.Stream(self.blocks.device)  # type: ignore[no-untyped-call]
             self._own.stream = stream
-        stream.wait_stream(torch.cuda.default_stream(self.blocks.device))
         try:
             with torch.cuda.stream(stream):
                 yield
@@ -116,8 +116,10 @@ class DeviceSpans:
                 block.copy_(torch.from_numpy(row), non_blocking=True)
 
     @contextmanager
-    def received(self) -> Iterator[Sequence[memoryview]]:
+    def received(self) -> Iterator[Received]:
         rows = self._pool.staging()[: len(self._blocks)].numpy()
         assert len(rows) == len(self._blocks), "no more than ``room`` at once"
-        yield [row.data for row in rows]
-        self.write(dict(enumerate(rows)))
+        received = Received([row.data for row in rows])
+        yield received
+        if received.found:
+            self.write(dict(enumerate(rows[: received.found])))

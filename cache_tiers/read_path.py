@@ -116,15 +116,15 @@ class ReadPath:
         assert self._redis is not None
         wanted = keys[at:]
         limit = min(self._redis.time_limit(len(wanted)), deadline - time.monotonic())
-        with into.received() as views:
+        with into.received() as received:
             try:
-                writers = self._redis.fetch(wanted, views, max(0.0, limit))
+                writers = self._redis.fetch(wanted, received.views, max(0.0, limit))
             except TierError:
                 return 0
-            found = len(writers)
-            if self._host is not None and found:
-                values = HostSpans(views[:found])
-                self._host.keep(wanted[:found], values, writers, before=keys[:at])
+            received.found = len(writers)
+            if self._host is not None and writers:
+                values = HostSpans(received.views[: len(writers)])
+                self._host.keep(wanted[: len(writers)], values, writers, before=keys[:at])
         return self._without_revoked(writers)
 
     def _without_revoked(self, writers: Sequence[Incarnation]) -> int:

@@ -3,7 +3,7 @@
     pool.of(blocks) -> spans
     spans.read({0: row, ...})     span -> row of host memory      (write-back)
     spans.write({0: row, ...})    row -> span                     (a hit in the host tier)
-    with spans.received() as views:  bytes come into host memory, and are in the spans at the end
+    with spans.received() as room:   bytes come into host memory, and are in the spans at the end
 
 A pool in host memory is here; one on a device is in cache_tiers/device_spans.py.
 """
@@ -12,11 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from pdserve.pages import Bytes, take_pages
+
+
+@dataclass(slots=True)
+class Received:
+    views: Sequence[memoryview]  # writable, one for each span
+    found: int = 0  # whoever fills them says how many leading ones are good
 
 
 class Spans(Protocol):
@@ -39,8 +46,11 @@ class Spans(Protocol):
         """Copies each row into the span at its position."""
         ...
 
-    def received(self) -> AbstractContextManager[Sequence[memoryview]]:
-        """Writable host bytes for at most ``room`` spans; valid inside."""
+    def received(self) -> AbstractContextManager[Received]:
+        """Host bytes for at most ``room`` spans, valid inside; those found are in place after it.
+
+        The others may hold garbage.
+        """
         ...
 
 
@@ -85,8 +95,8 @@ class HostSpans:
             np.copyto(np.frombuffer(self._views[position], np.uint8), row)
 
     @contextmanager
-    def received(self) -> Iterator[Sequence[memoryview]]:
-        yield self._views
+    def received(self) -> Iterator[Received]:
+        yield Received(self._views)
 
 
 class HostPool:

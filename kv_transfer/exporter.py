@@ -78,8 +78,12 @@ class PoolExporter:
 
     def offers(self, wanted: Sequence[tuple[int, int]]) -> tuple[BlockOffer, ...]:
         """On a device the checksums run after what the calling thread's current stream holds."""
-        generations = [int(self._pool.generations[block]) for _, block in wanted]
-        sums = self._sums([block for _, block in wanted])
+        blocks = [block for _, block in wanted]
+        for block in blocks:
+            if not 0 <= block < self._pool.num_blocks:
+                raise TransferError(f"no block {block} in a pool of {self._pool.num_blocks}")
+        generations = [int(self._pool.generations[block]) for block in blocks]
+        sums = self._sums(blocks)
         return tuple(
             BlockOffer(index, block, generation, value)
             for (index, block), generation, value in zip(wanted, generations, sums, strict=True)
@@ -95,9 +99,6 @@ class PoolExporter:
             self._server = None
 
     def _sums(self, blocks: Sequence[int]) -> list[int]:
-        for block in blocks:
-            if not 0 <= block < self._pool.num_blocks:
-                raise TransferError(f"no block {block} in a pool of {self._pool.num_blocks}")
         if self._pool.kind is MemoryKind.SHARED:
             return [self._checksum.of_span(self._pool.block_bytes(block)) for block in blocks]
         sums: list[int] = []

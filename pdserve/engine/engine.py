@@ -219,7 +219,7 @@ class Engine:
             results = self._compute(plan.work)
         except Exception as error:
             log.exception("a step of %d rows failed", len(plan.work))
-            failed = error
+            failed = error.with_traceback(None)  # which holds the step's tensors; it is in the log
         if failed is not None:
             # A device on which nothing runs any more is no row's fault, and raises here.
             self._runner.finish()

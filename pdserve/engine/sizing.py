@@ -54,7 +54,8 @@ def measure_memory(device: torch.device, workers: int = 1) -> Memory:
 def check_tiers(tier_bytes: int, host: Memory) -> None:
     """DoesNotFit when the tiers of a worker on a device do not fit into ``host``, as it is now.
 
-    Their memory is page-locked, and so taken from the start.
+    Their memory is page-locked, and so taken from the start. Workers that start at the same moment
+    are not added up.
     """
     if tier_bytes > host.free:
         raise DoesNotFit(
