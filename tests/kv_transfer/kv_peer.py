@@ -111,6 +111,10 @@ class _Server:
         if self._pool.blocks.is_cuda:
             torch.cuda.synchronize()
 
+    def open_connections(self) -> int:
+        server = self._exporter._server
+        return server.open_connections() if server is not None else 0
+
     def stats(self) -> ServerStats:
         return self._exporter.stats()
 
