@@ -3,7 +3,7 @@
     pool.of(blocks) -> spans
     spans.read({0: row, ...})     span -> row of host memory      (write-back)
     spans.write({0: row, ...})    row -> span                     (a hit in the host tier)
-    with spans.received() as room:   bytes come into host memory, and are in the spans at the end
+    with spans.received() as got:    bytes come into host memory; got.found are in place at the end
 
 A pool in host memory is here; one on a device is in cache_tiers/device_spans.py.
 """
