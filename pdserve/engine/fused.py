@@ -132,6 +132,8 @@ class FusedDecoder:
         self._embed = model.model.embed_tokens
         self._rotary = model.model.rotary_emb
         self._function = library.pdserve_decoder_step
+        # What enters a product: bfloat16 where the processor multiplies it, else float.
+        self._input = torch.bfloat16 if library.pdserve_input_bytes() == 2 else torch.float32
         self._pool = pool  # keeps the memory alive that the kernel is given
         self._kept: list[torch.Tensor] = []  # and the norms in float
         first, shape = model.model.layers[0], loaded.layers[0].shape
@@ -164,7 +166,11 @@ class FusedDecoder:
         tokens, positions = torch.from_numpy(plan.tokens), torch.from_numpy(plan.positions)
         stream = self._embed(tokens).float()
         cosines, sines = self._rotation(stream, positions)
-        rooms = [self._room(count, width) for width in self._widths(stream.shape[1])]
+        mixed = torch.empty((count, self._mixed), dtype=torch.bfloat16)
+        normed, attended, active = (
+            torch.empty((count, width), dtype=self._input)
+            for width in (stream.shape[1], self._attended, self._inner)
+        )
         logits = torch.empty((len(places), self._vocab))
         rows = (_LongRow * len(plan.long_rows))(
             *(
@@ -179,23 +185,16 @@ class FusedDecoder:
             cosines=cosines.data_ptr(),
             sines=sines.data_ptr(),
             stream=stream.data_ptr(),
-            normed=rooms[0].data_ptr(),
-            mixed=rooms[1].data_ptr(),
-            attended=rooms[2].data_ptr(),
-            active=rooms[3].data_ptr(),
+            normed=normed.data_ptr(),
+            mixed=mixed.data_ptr(),
+            attended=attended.data_ptr(),
+            active=active.data_ptr(),
             wanted=len(places),
             places=places.data_ptr(),
             logits=logits.data_ptr(),
         )
         self._function(ctypes.byref(self._decoder), ctypes.byref(call))
         return logits
-
-    def _widths(self, width: int) -> tuple[int, ...]:
-        return width, self._mixed, self._attended, self._inner
-
-    @staticmethod
-    def _room(count: int, width: int) -> torch.Tensor:
-        return torch.empty((count, width), dtype=torch.bfloat16)
 
     def _rotation(
         self, like: torch.Tensor, positions: torch.Tensor

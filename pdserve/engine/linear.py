@@ -2,8 +2,8 @@
 
 A plain nn.Linear has its weights reordered by oneDNN in every call, which for few rows costs more
 than the product. The results are those of the plain layer up to the order of sums. In ``fast``
-numerics, on CPUs that multiply bfloat16 natively, each plain layer becomes one of our own kernels'
-(tiles.py) where these work, else one of oneDNN's (PackedLinear); everywhere else it stays.
+numerics, on CPUs, each plain layer becomes one of our own kernels' (tiles.py) where these work, else
+one of oneDNN's (PackedLinear) where the processor multiplies bfloat16; everywhere else it stays.
 """
 
 from __future__ import annotations
@@ -39,12 +39,16 @@ class PackedLinear(nn.Module):
         return out
 
 
-def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
+def onednn_packs() -> bool:
+    """Whether oneDNN multiplies bfloat16 on this processor."""
+    return torch._C._has_mkldnn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def can_pack(dtype: torch.dtype, device: torch.device, library: CDLL | None) -> bool:
     return (
         dtype is torch.bfloat16
         and device.type == "cpu"
-        and torch._C._has_mkldnn
-        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        and (tiles_work(library) or onednn_packs())
     )
 
 
@@ -53,6 +57,7 @@ class LinearPacker:
 
     def __init__(self, library: CDLL | None = None) -> None:
         self._library = library if tiles_work(library) else None
+        self._onednn = onednn_packs()
         self.packed_bytes = 0
 
     @torch.no_grad()
@@ -64,8 +69,10 @@ class LinearPacker:
         packed: nn.Module
         if self._library is not None and can_tile(child):
             packed = TiledLinear(child, self._library)
-        else:
+        elif self._onednn:
             packed = PackedLinear(child)
+        else:
+            return
         self.packed_bytes += 2 * child.in_features * child.out_features
         setattr(parent, name, packed)
         # Whoever still holds the plain layer, for its bias, holds no weights.

@@ -78,7 +78,7 @@ def load_model(
     check_config(config)
     length = _model_length(config, max_model_len)
     packer = None
-    if pack and numerics is Numerics.FAST and can_pack(TORCH_DTYPES[dtype], device):
+    if pack and numerics is Numerics.FAST and can_pack(TORCH_DTYPES[dtype], device, library):
         packer = LinearPacker(library)
     plain = quantization is not Quantization.NONE
     read = read_model(path, config, TORCH_DTYPES[dtype], device, None if plain else packer)

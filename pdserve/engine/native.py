@@ -29,7 +29,7 @@ from pdserve.errors import ConfigError
 
 FOLDER = Path(__file__).with_name("kernels")
 SOURCE = FOLDER / "kernels.cpp"
-ABI = 3
+ABI = 4
 DTYPE_CODES: Mapping[torch.dtype, int] = {
     torch.bfloat16: 0,
     torch.float32: 1,
@@ -189,10 +189,13 @@ class NativeLayer:
         )
 
 
-def load_native(cache_dir: Path) -> NativeLoad:
-    """Loads the kernel for this machine from ``cache_dir``, building it first if need be."""
+def load_native(cache_dir: Path, more_flags: tuple[str, ...] = ()) -> NativeLoad:
+    """Loads the kernel for this machine from ``cache_dir``, building it first if need be.
+
+    ``more_flags``: the compiler's; with them a kernel for another kind of processor can be tried.
+    """
     openmp = _torch_openmp()
-    flags = (*FLAGS, "-fopenmp") if openmp else FLAGS
+    flags = (*FLAGS, *more_flags, *(("-fopenmp",) if openmp else ()))
     try:
         compiler = find_compiler()
         if not compiler:
@@ -214,6 +217,8 @@ def load_native(cache_dir: Path) -> NativeLoad:
     library.pdserve_paged_attention.restype = None
     library.pdserve_kernels_abi.restype = ctypes.c_int64
     library.pdserve_has_tiles.restype = ctypes.c_int64
+    if library.pdserve_has_tiles():
+        library.pdserve_input_bytes.restype = ctypes.c_int64
     found = library.pdserve_kernels_abi()
     assert found == ABI, f"{SOURCE.name} has ABI {found}, native.py expects {ABI}"
     return NativeLoad(library, "")

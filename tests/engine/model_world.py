@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from ctypes import CDLL
 from dataclasses import dataclass, field
@@ -28,10 +28,20 @@ GREEDY = Sampling(max_tokens=64, temperature=0.0)
 CPU = torch.device("cpu")
 
 
+# Kernels differ by what the processor multiplies (kernels/vectors.h); one can build its lessers'.
+HERE = "this processor"
+PROCESSORS: Mapping[str, tuple[str, ...]] = {
+    HERE: (),
+    "BF16 dot product, emulated": ("-DEMULATE_BF16_DOT",),
+    "AVX-512 without BF16": ("-mno-avx512bf16",),
+    "AVX2": ("-mno-avx512f",),
+}
+
+
 @cache
-def kernel() -> CDLL:
+def kernel(processor: str = HERE) -> CDLL:
     """The native kernel, built once for the test run."""
-    loading = load_native(Path(mkdtemp(prefix="pdserve-kernel-")))
+    loading = load_native(Path(mkdtemp(prefix="pdserve-kernel-")), PROCESSORS[processor])
     assert loading.kernels is not None, loading.reason
     return loading.kernels
 

@@ -25,12 +25,21 @@ from pdserve.engine.probe import relative_difference
 from pdserve.engine.step import Row
 from pdserve.engine.tiles import PANEL, TiledLinear, pack, tiles_work
 from pdserve.types import Numerics
-from tests.engine.model_world import CPU, drive, family_folder, kernel, running
+from tests.engine.model_world import (
+    CPU,
+    HERE,
+    PROCESSORS,
+    drive,
+    family_folder,
+    kernel,
+    running,
+)
 from tests.models import VOCAB, randomize, write_tokenizer
 
 pytestmark = pytest.mark.skipif(
-    not tiles_work(kernel()), reason="this processor has no AVX-512 BF16, or has AMX"
+    not tiles_work(kernel()), reason="this processor has neither AVX-512 nor AVX2, or has AMX"
 )
+every_processor = pytest.mark.parametrize("processor", list(PROCESSORS))
 BLOCK = 16
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -87,14 +96,14 @@ def folder_of(name: str) -> Path:
 
 
 @cache
-def loaded(name: str, kind: str) -> LoadedModel:
+def loaded(name: str, kind: str, processor: str = HERE) -> LoadedModel:
     exact = kind == "exact"
     return load_model(
         folder_of(name),
         dtype="float64" if exact else "bfloat16",
         numerics=Numerics.EXACT if exact else Numerics.FAST,
         device=CPU,
-        library=kernel() if kind == "fused" else None,
+        library=kernel(processor) if kind == "fused" else None,
     )
 
 
@@ -110,14 +119,16 @@ def _steps(draw: np.random.Generator) -> list[list[tuple[int, int]]]:
     ]
 
 
-def run_steps(model: LoadedModel, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def run_steps(
+    model: LoadedModel, seed: int, processor: str = HERE
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of all tokens of all steps, and the pool afterwards with the unwritten as NaN."""
     draw = np.random.default_rng(seed)
     steps = _steps(draw)
     tokens = draw.integers(5, VOCAB, (4, 512))
     tables = np.split(draw.permutation(4 * 32).astype(np.int32), 4)
     done, parts = [0] * 4, []
-    with running(model, BLOCK, 4 * 32, kernel()) as runner:
+    with running(model, BLOCK, 4 * 32, kernel(processor)) as runner:
         for step in steps:
             rows = []
             for seq, count in step:
@@ -129,15 +140,16 @@ def run_steps(model: LoadedModel, seed: int) -> tuple[torch.Tensor, torch.Tensor
     return torch.cat(parts), pool
 
 
+@every_processor
 @pytest.mark.parametrize("name", list(SHAPES))
-def test_fused_layers_are_as_near_to_the_truth_as_plain_ones(name: str) -> None:
-    assert why_not_fused(loaded(name, "fused")) == ""
+def test_fused_layers_are_as_near_to_the_truth_as_plain_ones(name: str, processor: str) -> None:
+    assert why_not_fused(loaded(name, "fused", processor)) == ""
     assert why_not_fused(loaded(name, "plain")) != ""
     seed = int(np.random.default_rng().integers(1 << 30))
     print(f"seed {seed}")
     exact, exact_pool = run_steps(loaded(name, "exact"), seed)
     plain, _ = run_steps(loaded(name, "plain"), seed)
-    fused, fused_pool = run_steps(loaded(name, "fused"), seed)
+    fused, fused_pool = run_steps(loaded(name, "fused", processor), seed, processor)
     assert relative_difference(fused, exact) < 1.25 * relative_difference(plain, exact) < 0.1
     worst = (fused - exact).norm(dim=-1) / exact.norm(dim=-1)
     assert float(worst.max()) < 0.25, "one token lies far off"
@@ -145,14 +157,17 @@ def test_fused_layers_are_as_near_to_the_truth_as_plain_ones(name: str) -> None:
     assert torch.equal(fused_pool.isnan(), exact_pool.isnan())
 
 
-def test_the_number_of_threads_and_the_batch_change_no_bit_of_a_decoded_token() -> None:
-    model = loaded("llama, 6 heads of 64 under 2, tied", "fused")
+@every_processor
+def test_the_number_of_threads_and_the_batch_change_no_bit_of_a_decoded_token(
+    processor: str,
+) -> None:
+    model = loaded("llama, 6 heads of 64 under 2, tied", "fused", processor)
     threads = torch.get_num_threads()
     prompts = [list(range(5, 5 + n)) for n in (40, 3, 77)]
 
     def last(count: int, which: Sequence[int]) -> torch.Tensor:
         torch.set_num_threads(count)
-        with running(model, BLOCK, 32, kernel()) as runner:
+        with running(model, BLOCK, 32, kernel(processor)) as runner:
             for i, prompt in enumerate(prompts):
                 runner.logits([Row(prompt, 0, np.arange(8 * i, 8 * i + 8, dtype=np.int32))])
             rows = [
@@ -198,10 +213,13 @@ def test_packed_weights_lie_pair_by_pair(n: int, k: int) -> None:
 
 @pytest.mark.parametrize("shape", [(64, 64), (192, 48), (5, 96), (1536, 576), (33, 2)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_tiled_layer_equals_the_plain_one(shape: tuple[int, int], bias: bool) -> None:
+@every_processor
+def test_a_tiled_layer_equals_the_plain_one(
+    shape: tuple[int, int], bias: bool, processor: str
+) -> None:
     torch.manual_seed(8)
     plain = torch.nn.Linear(shape[1], shape[0], bias=bias, dtype=torch.bfloat16)
-    tiled = TiledLinear(plain, kernel())
+    tiled = TiledLinear(plain, kernel(processor))
     with torch.inference_mode():
         for rows in (1, 2, 14, 15, 31, 113, 256):
             x = torch.randn(1, rows, shape[1], dtype=torch.bfloat16)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pdserve.engine.linear import LinearPacker, PackedLinear, can_pack
+from pdserve.engine.linear import LinearPacker, PackedLinear, can_pack, onednn_packs
 from pdserve.engine.model import load_model
 from pdserve.engine.probe import relative_difference
 from pdserve.engine.step import Row
@@ -14,7 +14,7 @@ from pdserve.types import Numerics
 from tests.engine.model_world import CPU, drive, family_folder, kernel, running
 
 pytestmark = pytest.mark.skipif(
-    not can_pack(torch.bfloat16, CPU), reason="this processor does not multiply bfloat16"
+    not onednn_packs(), reason="this processor does not multiply bfloat16"
 )
 SEED = 8
 
@@ -60,7 +60,7 @@ def test_every_plain_layer_is_packed_and_the_model_stays_the_same() -> None:
 
 
 def test_exact_numerics_are_never_packed() -> None:
-    assert not can_pack(torch.float32, CPU)
+    assert not can_pack(torch.float32, CPU, kernel())
     packer = LinearPacker()
     model = torch.nn.Sequential(torch.nn.Linear(3, 3))
     packer.replace_all(model)

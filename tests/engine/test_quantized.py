@@ -24,12 +24,15 @@ from pdserve.engine.quantized import GROUP, Quantization, dequantize, quantize
 from pdserve.engine.quantized_linear import QuantizedLinear, groups_work
 from pdserve.errors import ConfigError, ModelRefused
 from pdserve.types import Numerics
-from tests.engine.model_world import CPU, family_folder, kernel
+from tests.engine.model_world import CPU, HERE, family_folder, kernel
 from tests.engine.test_fused import SHAPES, folder_of, run_steps
 from tests.models import write_tokenizer
 
 needs_kernels = pytest.mark.skipif(
-    not kernel().pdserve_has_groups(), reason="this processor has no AVX-512 BF16 and VBMI"
+    not kernel().pdserve_has_groups(), reason="this processor has no AVX-512 with VBMI"
+)
+every_processor = pytest.mark.parametrize(
+    "processor", [HERE, "BF16 dot product, emulated", "AVX-512 without BF16"]
 )
 KINDS = (Quantization.INT8, Quantization.INT4)
 
@@ -70,16 +73,18 @@ def test_weights_without_a_scale_are_refused() -> None:
 
 
 @needs_kernels
-def test_kernels_that_are_there_pass_their_own_check() -> None:
+@every_processor
+def test_kernels_that_are_there_pass_their_own_check(processor: str) -> None:
     """Else they are not used, and no layer would say so."""
-    assert groups_work(kernel())
+    assert groups_work(kernel(processor))
 
 
 @needs_kernels
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("shape", [(64, 64), (192, 96), (5, 32), (1536, 576), (33, 288)])
+@every_processor
 def test_the_kernels_multiply_with_the_dequantized_weights(
-    shape: tuple[int, int], bits: int
+    shape: tuple[int, int], bits: int, processor: str
 ) -> None:
     seed = fresh_seed()
     draw = torch.Generator().manual_seed(seed)
@@ -88,7 +93,7 @@ def test_the_kernels_multiply_with_the_dequantized_weights(
     bias = (
         torch.nn.Parameter(torch.randn(n, generator=draw).to(torch.bfloat16)) if seed % 2 else None
     )
-    layer = QuantizedLinear(quantized, bias, kernel())
+    layer = QuantizedLinear(quantized, bias, kernel(processor))
     x = torch.randn(1, 256, k, generator=draw).to(torch.bfloat16)
     exact = torch.nn.functional.linear(
         x.double(),

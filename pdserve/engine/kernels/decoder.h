@@ -2,7 +2,7 @@
 //
 // Per layer: norm, query/key/value, rotation and the write to the pool, attention, output added to
 // the stream, norm, gate and up, down added to the stream. Each is a stage of the team (team.h). The
-// stream of T tokens stays float; what enters a product is bfloat16.
+// stream of T tokens stays float; what enters a product is what the processor multiplies (vectors.h).
 #pragma once
 
 #include "flash.h"
@@ -41,37 +41,30 @@ struct DecoderStep {
   const float* cosines;  // [T, size / 2]
   const float* sines;
   float* stream;         // [T, width]: the embeddings, overwritten
-  uint16_t* normed;      // [T, width]
+  Input* normed;         // [T, width]
   uint16_t* mixed;       // [T, (heads + 2 * KV heads) * size]: query, key, value of each token
-  uint16_t* attended;    // [T, heads * size]
-  uint16_t* active;      // [T, inner width]
+  Input* attended;       // [T, heads * size]
+  Input* active;         // [T, inner width]
   int64_t wanted;
   const int64_t* places;  // [wanted] of the line
   float* logits;          // [wanted, vocabulary]
 };
 
-constexpr int64_t BLOCK_ROWS = 112;  // rows whose inputs stay in the second cache
+constexpr int64_t BLOCK_ROWS = 224 / sizeof(Input);  // whose inputs stay in the second cache
 
-inline void rms_norm(const float* x, const float* weight, double epsilon, int64_t width,
-                     uint16_t* out) {
-  __m512 sum = _mm512_setzero_ps();
+template <class To>
+inline void rms_norm(const float* x, const float* weight, double epsilon, int64_t width, To* out) {
+  V sum = {};
   int64_t i = 0;
-  for (; i + 16 <= width; i += 16) {
-    const __m512 v = _mm512_loadu_ps(x + i);
-    sum = _mm512_fmadd_ps(v, v, sum);
+  for (; i + LANES <= width; i += LANES) {
+    const V v = load(x + i);
+    sum = fused(v, v, sum);
   }
-  float squares = _mm512_reduce_add_ps(sum);
+  float squares = sum_of(sum);
   for (; i < width; ++i) squares += x[i] * x[i];
   const float by = 1.0f / std::sqrt(squares / static_cast<float>(width) + static_cast<float>(epsilon));
-  for (i = 0; i + 16 <= width; i += 16) {
-    narrow(out + i, _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(by)),
-                                  _mm512_loadu_ps(weight + i)));
-  }
-  for (; i < width; ++i) {
-    Bf16 one;
-    store(one, x[i] * by * weight[i]);
-    out[i] = one.bits;
-  }
+  for (i = 0; i + LANES <= width; i += LANES) put(out + i, load(x + i) * by * load(weight + i));
+  for (; i < width; ++i) put_one(out[i], x[i] * by * weight[i]);
 }
 
 // How a stage's products are cut into pieces: blocks of rows times runs of panels.
@@ -149,8 +142,9 @@ class Pass {  // one thread's way through a step
         uint16_t* to = s_.mixed + p * PANEL;
         panel_product(*parts[which], own, panel_of(*parts[which], own + 1), s_.normed, d_.width,
                       begin, end, scratch_, [&](int64_t row, const float* sums) {
-                        narrow(to + row * mixed_, _mm512_loadu_ps(sums));
-                        narrow(to + row * mixed_ + 16, _mm512_loadu_ps(sums + 16));
+                        for (int64_t c = 0; c < PANEL; c += LANES) {
+                          narrow(to + row * mixed_ + c, load(sums + c));
+                        }
                       });
       });
     });
@@ -160,15 +154,15 @@ class Pass {  // one thread's way through a step
   void turn(uint16_t* head, const float* weight, const float* cosine, const float* sine) {
     if (weight != nullptr) {
       alignas(64) float wide[512];
-      for (int64_t i = 0; i < size_; i += 16) _mm512_store_ps(wide + i, widen(head + i));
+      for (int64_t i = 0; i < size_; i += LANES) store(wide + i, widen(head + i));
       rms_norm(wide, weight, d_.epsilon, size_, head);
     }
     const int64_t half = size_ / 2;
-    for (int64_t i = 0; i < half; i += 16) {
-      const __m512 a = widen(head + i), b = widen(head + half + i);
-      const __m512 c = _mm512_loadu_ps(cosine + i), s = _mm512_loadu_ps(sine + i);
-      narrow(head + i, _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)));
-      narrow(head + half + i, _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s)));
+    for (int64_t i = 0; i < half; i += LANES) {
+      const V a = widen(head + i), b = widen(head + half + i);
+      const V c = load(cosine + i), s = load(sine + i);
+      narrow(head + i, fused(a, c, -(b * s)));
+      narrow(head + half + i, fused(b, c, a * s));
     }
   }
 
@@ -232,13 +226,15 @@ class Pass {  // one thread's way through a step
     call.scale = d_.scale;
     const int64_t item = piece / kv_heads_, head = piece % kv_heads_;
     single_.fit(group, size_, size_);
-    if (size_ == 64) return attend<Bf16, float, 64>(layer.kv, s_.step, call, item, head, single_);
-    if (size_ == 128) return attend<Bf16, float, 128>(layer.kv, s_.step, call, item, head, single_);
-    attend<Bf16, float, 0>(layer.kv, s_.step, call, item, head, single_);
+    typedef std::conditional_t<HAS_BF16_DOT, Bf16, float> Out;
+    const Step& step = s_.step;
+    if (size_ == 64) return attend<Bf16, float, 64, Out>(layer.kv, step, call, item, head, single_);
+    if (size_ == 128) return attend<Bf16, float, 128, Out>(layer.kv, step, call, item, head, single_);
+    attend<Bf16, float, 0, Out>(layer.kv, step, call, item, head, single_);
   }
 
   // stream += linear(a)
-  void add(const Linear& linear, const uint16_t* a) {
+  void add(const Linear& linear, const Input* a) {
     const Cut cut(tokens(), panels(linear), s_.step.threads);
     team_.share(stage_, cut.pieces(), [&](int64_t piece) {
       prepare(linear, a, linear.k, cut.begin(piece), cut.end(piece), scratch_);
@@ -266,15 +262,11 @@ class Pass {  // one thread's way through a step
                       });
         panel_product(layer.up, p, panel_of(layer.gate, p + 1), s_.normed, d_.width, begin, end,
                       scratch_, [&](int64_t row, const float* sums) {
-                        uint16_t* to = s_.active + row * inner + p * PANEL;
+                        Input* to = s_.active + row * inner + p * PANEL;
                         const float* gate = gates + (row - begin) * PANEL;
-                        for (int64_t c = 0; c < PANEL; c += 16) {
-                          const __m512 g = _mm512_loadu_ps(gate + c);
-                          const __m512 one = _mm512_set1_ps(1.0f);
-                          const __m512 below = _mm512_add_ps(
-                              one, exp_of(_mm512_sub_ps(_mm512_setzero_ps(), g)));
-                          narrow(to + c, _mm512_mul_ps(_mm512_div_ps(g, below),
-                                                       _mm512_loadu_ps(sums + c)));
+                        for (int64_t c = 0; c < PANEL; c += LANES) {
+                          const V g = load(gate + c);
+                          put(to + c, g / (1.0f + exp_of(-g)) * load(sums + c));
                         }
                       });
       });

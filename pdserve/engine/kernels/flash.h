@@ -2,7 +2,7 @@
 //
 // A piece of work is a span of the row's queries under one KV head, all of that head's query heads
 // together. Keys and values are read in place, TILE_KEYS positions at a time, packed as weights are
-// (tiles.h), and multiplied as bfloat16; scores and sums are float.
+// (tiles.h); scores and sums are float.
 #pragma once
 
 #include <limits>
@@ -26,14 +26,15 @@ struct LongRow {  // mirrored in fused.py
 
 struct Span {
   const uint16_t* query;  // token 0 of the line; heads of one KV head lie together
-  uint16_t* out;
+  Input* out;
   int64_t query_token, out_token;  // elements from one token to the next
   int64_t group;                   // query heads of a KV head
   float scale;
 };
 
 struct FlashScratch {
-  std::vector<uint16_t> query, weights, keys, values;
+  std::vector<Input> query, weights;
+  std::vector<uint16_t> keys, values;
   std::vector<float> scores, sums, peak, total;
   void fit(int64_t rows, int64_t size) {
     query.resize(rows * size);
@@ -46,6 +47,13 @@ struct FlashScratch {
     total.resize(rows);
   }
 };
+
+inline void put_one(uint16_t& to, float x) {
+  Bf16 one;
+  store(one, x);
+  to = one.bits;
+}
+inline void put_one(float& to, float x) { to = x; }
 
 inline int64_t span_tokens(int64_t group) { return std::max<int64_t>(1, SPAN_ROWS / group); }
 
@@ -85,7 +93,7 @@ inline void pack_tile(const Layer& layer, const int64_t* table, int64_t head, in
 
 // Rows of ``a`` from ``from`` on times the packed tile ``b`` [width / 32 panels].
 template <bool ADD>
-inline void multiply(const uint16_t* a, int64_t depth, const uint16_t* b, int64_t width,
+inline void multiply(const Input* a, int64_t depth, const uint16_t* b, int64_t width,
                      float* out, int64_t from, int64_t rows) {
   if (from >= rows) return;
   const int64_t each = tile_rows(rows - from);
@@ -101,38 +109,31 @@ inline void multiply(const uint16_t* a, int64_t depth, const uint16_t* b, int64_
 
 // Turns one row of scores into weights and brings peak, total and sums up to date.
 inline void fold_row(float* scores, int64_t seen, float scale, float& peak, float& total,
-                     float* sums, int64_t size, uint16_t* weights) {
-  __m512 part[TILE_KEYS / 16];
-  __m512 best = _mm512_set1_ps(peak);
-  const __m512 wide = _mm512_set1_ps(scale);
-  for (int64_t i = 0; i < TILE_KEYS / 16; ++i) {
-    const int64_t left = seen - 16 * i;
-    const __mmask16 mask = left >= 16 ? 0xffff : left <= 0 ? 0 : (1u << left) - 1;
-    part[i] = _mm512_mask_mul_ps(_mm512_set1_ps(-std::numeric_limits<float>::infinity()), mask,
-                                 _mm512_loadu_ps(scores + 16 * i), wide);
-    best = _mm512_max_ps(best, part[i]);
+                     float* sums, int64_t size, Input* weights) {
+  constexpr int64_t PARTS = TILE_KEYS / LANES;
+  constexpr float NONE = -std::numeric_limits<float>::infinity();
+  const Whole lanes = lane_numbers();
+  V part[PARTS];
+  V best = all(peak);
+  for (int64_t i = 0; i < PARTS; ++i) {
+    const Whole seen_by = lanes < static_cast<int32_t>(seen - LANES * i);
+    part[i] = seen_by ? load(scores + LANES * i) * scale : all(NONE);
+    best = best > part[i] ? best : part[i];  // a NaN in ``part`` comes through
   }
-  const float top = _mm512_reduce_max_ps(best);
-  __m512 sum = _mm512_setzero_ps();
-  for (int64_t i = 0; i < TILE_KEYS / 16; ++i) {
-    const __mmask16 real = _mm512_cmp_ps_mask(
-        part[i], _mm512_set1_ps(-std::numeric_limits<float>::infinity()), _CMP_NEQ_UQ);
-    const __m512 weight =
-        _mm512_maskz_mov_ps(real, exp_of(_mm512_sub_ps(part[i], _mm512_set1_ps(top))));
-    sum = _mm512_add_ps(sum, weight);
-    narrow(weights + 16 * i, weight);
+  const float top = largest_of(best);
+  V sum = {};
+  for (int64_t i = 0; i < PARTS; ++i) {
+    const V weight = part[i] != NONE ? exp_of(part[i] - top) : V{};
+    sum += weight;
+    put(weights + LANES * i, weight);
   }
   if (top > peak) {
-    const float shrink =
-        peak == -std::numeric_limits<float>::infinity() ? 0.0f : std::exp(peak - top);
+    const float shrink = peak == NONE ? 0.0f : std::exp(peak - top);
     total *= shrink;
-    const __m512 by = _mm512_set1_ps(shrink);
-    for (int64_t d = 0; d < size; d += 16) {
-      _mm512_storeu_ps(sums + d, _mm512_mul_ps(_mm512_loadu_ps(sums + d), by));
-    }
+    for (int64_t d = 0; d < size; d += LANES) store(sums + d, load(sums + d) * shrink);
     peak = top;
   }
-  total += _mm512_reduce_add_ps(sum);
+  total += sum_of(sum);
 }
 
 // Queries [low, high) of the row (counted from its first) under one KV head.
@@ -141,9 +142,8 @@ inline void attend_span(const Layer& layer, const LongRow& row, const Span& span
   const int64_t size = layer.key_size, group = span.group, rows = (high - low) * group;
   s.fit(rows, size);
   for (int64_t t = low; t < high; ++t) {
-    std::memcpy(s.query.data() + (t - low) * group * size,
-                span.query + (row.begin + t) * span.query_token + head * group * size,
-                group * size * 2);
+    take(s.query.data() + (t - low) * group * size,
+         span.query + (row.begin + t) * span.query_token + head * group * size, group * size);
   }
   std::fill(s.sums.begin(), s.sums.begin() + rows * size, 0.0f);
   std::fill(s.total.begin(), s.total.begin() + rows, 0.0f);
@@ -163,12 +163,10 @@ inline void attend_span(const Layer& layer, const LongRow& row, const Span& span
     multiply<true>(s.weights.data(), TILE_KEYS, s.values.data(), size, s.sums.data(), from, rows);
   }
   for (int64_t r = 0; r < rows; ++r) {
-    const __m512 scale = _mm512_set1_ps(1.0f / s.total[r]);
-    uint16_t* to = span.out + (row.begin + low + r / group) * span.out_token +
-                   (head * group + r % group) * size;
-    for (int64_t d = 0; d < size; d += 16) {
-      narrow(to + d, _mm512_mul_ps(_mm512_loadu_ps(&s.sums[r * size + d]), scale));
-    }
+    const float scale = 1.0f / s.total[r];
+    Input* to = span.out + (row.begin + low + r / group) * span.out_token +
+                (head * group + r % group) * size;
+    for (int64_t d = 0; d < size; d += LANES) put(to + d, load(&s.sums[r * size + d]) * scale);
   }
 }
 

@@ -1,4 +1,5 @@
-// Products with a panel of 8- or 4-bit weights, unpacked in registers to bfloat16 (quantized.py).
+// Products with a panel of 8- or 4-bit weights, unpacked in registers to bfloat16 (quantized.py), and
+// from there to float where the processor multiplies no bfloat16.
 //
 // A panel [k, 32] lies group after group of 32 inputs: codes, 32 scales and, with 4 bits, 32 minima
 // (float16). Codes are whole numbers that bfloat16 holds exactly, so they are multiplied as such; the
@@ -12,7 +13,7 @@
 
 #include "tiles.h"
 
-#if HAS_TILES && defined(__AVX512VBMI__)
+#if HAS_AVX512 && defined(__AVX512VBMI__)
 #define HAS_GROUPS 1
 #else
 #define HAS_GROUPS 0
@@ -84,9 +85,9 @@ struct Bits4 {
 };
 
 // Codes that were unpacked before, for many rows.
-template <class Bits>
+template <class Kind>
 struct Unpacked {
-  static constexpr bool MINIMA = Bits::MINIMA;
+  static constexpr bool MINIMA = Kind::MINIMA;
   static constexpr int64_t STEP = 256, CODES = STEPS * STEP;
   void unpack(const char* codes, __m512i* out) const {
     for (int i = 0; i < 4; ++i) out[i] = _mm512_loadu_si512(codes + 64 * i);
@@ -113,10 +114,41 @@ inline __m512 halves(const char* from) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
 
+// Adds the products of one pair of inputs: ``b`` has those of columns 0 .. 15, then of 16 .. 31.
+template <int ROWS>
+inline __attribute__((always_inline)) void add_pair(const Input* a, int64_t lda, const __m512i* b,
+                                                    __m512* left, __m512* right) {
+#if HAS_BF16_DOT
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; ++r) {
+    int32_t two;
+    std::memcpy(&two, a + r * lda, 4);
+    const __m512i x = _mm512_set1_epi32(two);
+    left[r] = dot(left[r], x, b[0]);
+    right[r] = dot(right[r], x, b[1]);
+  }
+#else
+  V low = half_of<0>((Bits)b[0]), high = half_of<0>((Bits)b[1]);
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; ++r) {
+    const V x = all(a[r * lda]);
+    left[r] = (__m512)fused(x, low, (V)left[r]);
+    right[r] = (__m512)fused(x, high, (V)right[r]);
+  }
+  low = half_of<1>((Bits)b[0]), high = half_of<1>((Bits)b[1]);
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; ++r) {
+    const V x = all(a[r * lda + 1]);
+    left[r] = (__m512)fused(x, low, (V)left[r]);
+    right[r] = (__m512)fused(x, high, (V)right[r]);
+  }
+#endif
+}
+
 // sums[r * PANEL + c] = a[r] . b[c] for ROWS rows and 32 columns. inputs[r * groups + g]: the sum of
 // a[r] over group g, where there are minima.
 template <int ROWS, class Codes>
-void group_tile(const uint16_t* a, int64_t lda, const GroupPanel& panel, const float* inputs,
+void group_tile(const Input* a, int64_t lda, const GroupPanel& panel, const float* inputs,
                 float* sums, GroupFetch fetch) {
   const Codes reader;
   const char* codes = panel.codes;
@@ -136,14 +168,7 @@ void group_tile(const uint16_t* a, int64_t lda, const GroupPanel& panel, const f
       reader.unpack(codes + step * Codes::STEP, b);
 #pragma GCC unroll 2
       for (int pair = 0; pair < 2; ++pair) {
-#pragma GCC unroll 16
-        for (int r = 0; r < ROWS; ++r) {
-          int32_t two;
-          std::memcpy(&two, a + r * lda + 4 * step + 2 * pair, 4);
-          const __m512bh x = (__m512bh)_mm512_set1_epi32(two);
-          left[r] = _mm512_dpbf16_ps(left[r], x, (__m512bh)b[2 * pair]);
-          right[r] = _mm512_dpbf16_ps(right[r], x, (__m512bh)b[2 * pair + 1]);
-        }
+        add_pair<ROWS>(a + 4 * step + 2 * pair, lda, b + 2 * pair, left, right);
       }
     }
     const __m512 scale_left = halves(scales), scale_right = halves(scales + 32);
@@ -166,7 +191,7 @@ void group_tile(const uint16_t* a, int64_t lda, const GroupPanel& panel, const f
   }
 }
 
-typedef void (*GroupTileFunction)(const uint16_t*, int64_t, const GroupPanel&, const float*, float*,
+typedef void (*GroupTileFunction)(const Input*, int64_t, const GroupPanel&, const float*, float*,
                                   GroupFetch);
 
 template <class Codes>
@@ -179,34 +204,42 @@ inline GroupTileFunction group_tile_of(int64_t rows) {
   return table[rows - 1];
 }
 
+#if HAS_BF16_DOT
+inline float sum_of_group(const uint16_t* inputs) {
+  const __m512i ones = _mm512_set1_epi16(bf16_of(1));
+  return _mm512_reduce_add_ps(dot(_mm512_setzero_ps(), _mm512_loadu_si512(inputs), ones));
+}
+#else
+inline float sum_of_group(const float* inputs) {
+  return sum_of(load(inputs) + load(inputs + LANES));
+}
+#endif
+
 // What one thread keeps beside the rows it multiplies.
 struct GroupScratch {
   std::vector<float> inputs;    // [rows][groups]: sums of the rows' inputs over each group
   std::vector<uint16_t> codes;  // of one panel, unpacked
 
   // To be called before the products of these rows with a weight that has minima.
-  void sum_inputs(const uint16_t* a, int64_t lda, int64_t k, int64_t begin, int64_t end) {
+  void sum_inputs(const Input* a, int64_t lda, int64_t k, int64_t begin, int64_t end) {
     const int64_t groups = k / GROUP;
     inputs.resize((end - begin) * groups);
-    const __m512bh ones = (__m512bh)_mm512_set1_epi16(bf16_of(1));
     for (int64_t row = begin; row < end; ++row) {
       for (int64_t g = 0; g < groups; ++g) {
-        const __m512i x = _mm512_loadu_si512(a + row * lda + g * GROUP);
-        inputs[(row - begin) * groups + g] =
-            _mm512_reduce_add_ps(_mm512_dpbf16_ps(_mm512_setzero_ps(), (__m512bh)x, ones));
+        inputs[(row - begin) * groups + g] = sum_of_group(a + row * lda + g * GROUP);
       }
     }
   }
 
-  template <class Bits>
+  template <class Kind>
   void unpack(const char* panel, int64_t groups) {
     codes.resize(groups * GROUP * PANEL);
-    const Bits reader;
+    const Kind reader;
     uint16_t* to = codes.data();
-    for (int64_t group = 0; group < groups; ++group, panel += Bits::BYTES) {
+    for (int64_t group = 0; group < groups; ++group, panel += Kind::BYTES) {
       for (int step = 0; step < STEPS; ++step, to += 128) {
         __m512i out[4];
-        reader.unpack(panel + step * Bits::STEP, out);
+        reader.unpack(panel + step * Kind::STEP, out);
         for (int i = 0; i < 4; ++i) _mm512_storeu_si512(to + 32 * i, out[i]);
       }
     }
@@ -215,28 +248,28 @@ struct GroupScratch {
 
 // Products of ``tiles`` tiles of ``each`` of the rows [begin, end) with one panel, each tile's handed to
 // done(row, rows, sums). ``next``: the panel to be read after this one.
-template <class Bits, class Done>
-void group_products(const char* panel, const char* next, int64_t k, const uint16_t* a, int64_t lda,
+template <class Kind, class Done>
+void group_products(const char* panel, const char* next, int64_t k, const Input* a, int64_t lda,
                     int64_t begin, int64_t end, int64_t each, GroupScratch& scratch, float* sums,
                     Done done) {
-  const int64_t groups = k / GROUP, bytes = groups * Bits::BYTES;
-  const float* inputs = Bits::MINIMA ? scratch.inputs.data() : nullptr;
-  GroupPanel own = {panel, Bits::BYTES, panel + Bits::CODES, Bits::BYTES, groups};
+  const int64_t groups = k / GROUP, bytes = groups * Kind::BYTES;
+  const float* inputs = Kind::MINIMA ? scratch.inputs.data() : nullptr;
+  GroupPanel own = {panel, Kind::BYTES, panel + Kind::CODES, Kind::BYTES, groups};
   if (end - begin <= each) {
-    const int64_t ahead = std::min(groups, AHEAD / Bits::BYTES);
-    const GroupFetch fetch = {panel + ahead * Bits::BYTES, next, groups - ahead, Bits::BYTES / 64};
-    group_tile_of<Bits>(end - begin)(a + begin * lda, lda, own, inputs, sums, fetch);
+    const int64_t ahead = std::min(groups, AHEAD / Kind::BYTES);
+    const GroupFetch fetch = {panel + ahead * Kind::BYTES, next, groups - ahead, Kind::BYTES / 64};
+    group_tile_of<Kind>(end - begin)(a + begin * lda, lda, own, inputs, sums, fetch);
     return done(begin, end - begin, sums);
   }
-  scratch.unpack<Bits>(panel, groups);
+  scratch.unpack<Kind>(panel, groups);
   own.codes = reinterpret_cast<const char*>(scratch.codes.data());
-  own.codes_step = Unpacked<Bits>::CODES;
+  own.codes_step = Unpacked<Kind>::CODES;
   const int64_t lines = (bytes / 64 + groups - 1) / groups;
   for (int64_t row = begin; row < end; row += each) {
     const int64_t rows = std::min(each, end - row);
     // The first tile fetches the panel that comes next.
     const GroupFetch fetch = {next, next, -1, row == begin ? lines : 0};
-    group_tile_of<Unpacked<Bits>>(rows)(a + row * lda, lda, own, inputs + (row - begin) * groups,
+    group_tile_of<Unpacked<Kind>>(rows)(a + row * lda, lda, own, inputs + (row - begin) * groups,
                                         sums, fetch);
     done(row, rows, sums);
   }

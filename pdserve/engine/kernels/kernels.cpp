@@ -48,7 +48,7 @@ void pdserve_paged_attention(const Layer* layer, const Step* step, const Call* c
 }
 
 // Bumped with every change of the structures that Python mirrors.
-int64_t pdserve_kernels_abi() { return 3; }
+int64_t pdserve_kernels_abi() { return 4; }
 
 // Whether the two functions below are there, and whether they take 8- and 4-bit weights.
 int64_t pdserve_has_tiles() { return HAS_TILES; }
@@ -56,24 +56,33 @@ int64_t pdserve_has_groups() { return HAS_GROUPS; }
 
 #if HAS_TILES
 
+// Of a number that enters a product: 2 for bfloat16, 4 for float.
+int64_t pdserve_input_bytes() { return sizeof(Input); }
+
 // out[rows, n] = x[rows, k] . linear, all bfloat16.
 void pdserve_linear(const Linear* linear, const uint16_t* x, uint16_t* out, int64_t rows,
                     int64_t threads) {
   if (rows == 0) return;
   const int64_t k = linear->k, n = linear->n;
   const Cut cut(rows, panels(*linear), threads);
+#if HAS_BF16_DOT
+  const Input* a = x;
+#else
+  std::vector<float> wide(rows * k);
+  for (int64_t i = 0; i < rows * k; ++i) wide[i] = load(Bf16{x[i]});
+  const Input* a = wide.data();
+#endif
   with_team(threads, [&](Team& team) {
     int64_t stage = 0;
     GroupScratch scratch;
     team.share(stage, cut.pieces(), [&](int64_t piece) {
-      prepare(*linear, x, k, cut.begin(piece), cut.end(piece), scratch);
+      prepare(*linear, a, k, cut.begin(piece), cut.end(piece), scratch);
       cut.walk(piece, [&](int64_t p, int64_t begin, int64_t end) {
         const int64_t count = std::min(PANEL, n - p * PANEL);
-        panel_product(*linear, p, panel_of(*linear, p + 1), x, k, begin, end, scratch,
+        panel_product(*linear, p, panel_of(*linear, p + 1), a, k, begin, end, scratch,
                       [&](int64_t row, const float* sums) {
                         uint16_t own[PANEL];
-                        narrow(own, _mm512_loadu_ps(sums));
-                        narrow(own + 16, _mm512_loadu_ps(sums + 16));
+                        for (int64_t c = 0; c < PANEL; c += LANES) narrow(own + c, load(sums + c));
                         std::memcpy(out + row * n + p * PANEL, own, count * 2);
                       });
       });

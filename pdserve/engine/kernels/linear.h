@@ -33,7 +33,7 @@ inline const char* panel_of(const Linear& linear, int64_t panel) {
 }
 
 // Once before the products of the rows [begin, end) of ``a`` with any panels of ``linear``.
-inline void prepare(const Linear& linear, const uint16_t* a, int64_t lda, int64_t begin, int64_t end,
+inline void prepare(const Linear& linear, const Input* a, int64_t lda, int64_t begin, int64_t end,
                     GroupScratch& scratch) {
 #if HAS_GROUPS
   if (linear.bits == 4) scratch.sum_inputs(a, lda, linear.k, begin, end);
@@ -52,7 +52,7 @@ inline Fetch fetch_of(const char* panel, const char* next, int64_t pairs, int64_
 // Products of the rows [begin, end) of ``a`` with one panel, handed to ``take(row, sums)`` row by
 // row; ``sums`` are 32 floats, the bias included. ``next``: the panel to be read after this one.
 template <class Take>
-inline void panel_product(const Linear& linear, int64_t panel, const char* next, const uint16_t* a,
+inline void panel_product(const Linear& linear, int64_t panel, const char* next, const Input* a,
                           int64_t lda, int64_t begin, int64_t end, GroupScratch& scratch,
                           Take take) {
   alignas(64) float sums[TILE_ROWS * PANEL];

@@ -259,7 +259,8 @@ inline void add_values(const T* __restrict values, int64_t stride, int64_t rows,
 }
 
 // FIXED: the head size when it is known at compile time and equal for keys and values, else 0.
-template <class T, class A, int64_t FIXED>
+// O: what ``call.out`` is made of.
+template <class T, class A, int64_t FIXED, class O = T>
 void attend(const Layer& layer, const Step& step, const Call& call, int64_t item, int64_t head,
             Scratch<A>& s) {
   const int64_t ks = FIXED ? FIXED : layer.key_size;
@@ -310,7 +311,7 @@ void attend(const Layer& layer, const Step& step, const Call& call, int64_t item
       at += values.rows;
     }
   }
-  T* out = static_cast<T*>(call.out) + (token * call.query_heads + head * group) * vs;
+  O* out = static_cast<O*>(call.out) + (token * call.query_heads + head * group) * vs;
   for (int64_t g = 0; g < group; ++g) {
     const A scale = A(1) / s.total[g];
     for (int64_t d = 0; d < vs; ++d) store(out[g * vs + d], s.sums[g * vs + d] * scale);

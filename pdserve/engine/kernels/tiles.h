@@ -1,38 +1,48 @@
-// Matrix products on bfloat16 tiles: up to 14 rows by 32 columns, sums in float registers.
+// Matrix products on tiles of some rows by 32 columns, weights in bfloat16, sums in float registers.
 //
 // The second factor [k, 32] lies packed as [k / 2][32][2], so that one load holds two neighbouring
-// inputs of 16 columns, which is what the processor's bfloat16 product takes. Without AVX-512 BF16
-// nothing here exists (HAS_TILES is 0).
+// inputs of a register's columns, which is what a processor's bfloat16 product takes. Where there is
+// none (vectors.h), the two are widened one after the other and the first factor is float.
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
-#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-#define HAS_TILES 1
-#include <immintrin.h>
-#else
-#define HAS_TILES 0
-#endif
+#include "vectors.h"
 
 namespace {
 
 constexpr int64_t PANEL = 32;
-constexpr int TILE_ROWS = 14;  // 28 sums, two weights and an input fill the 32 registers
 
 #if HAS_TILES
+
+// As many as leave registers for weights and an input beside the sums.
+#if HAS_AVX512
+constexpr int TILE_ROWS = 14;
+#else
+constexpr int TILE_ROWS = 3;
+#endif
 
 // Memory to bring into the second cache while a tile is computed: ``step`` bytes for each pair of
 // inputs, at ``from`` and ``second`` bytes behind it.
 struct Fetch {
   const char* from;
   int64_t second, step;
+  void next() {
+    _mm_prefetch(from, _MM_HINT_T1);
+    _mm_prefetch(from + second, _MM_HINT_T1);
+    from += step;
+  }
 };
 
 // sums[r * stride + c] (+)= a[r] . b[c] for ROWS rows and 32 columns; ``pairs`` is k / 2.
+#if HAS_BF16_DOT
+
 template <int ROWS, bool ADD>
-void tile(const uint16_t* a, int64_t lda, const uint16_t* b, int64_t pairs, float* sums,
+void tile(const Input* a, int64_t lda, const uint16_t* b, int64_t pairs, float* sums,
           int64_t stride, Fetch fetch) {
   __m512 left[ROWS], right[ROWS];
 #pragma GCC unroll 16
@@ -41,23 +51,20 @@ void tile(const uint16_t* a, int64_t lda, const uint16_t* b, int64_t pairs, floa
     right[r] = ADD ? _mm512_loadu_ps(sums + r * stride + 16) : _mm512_setzero_ps();
   }
   // Every third row has a pointer of its own: the others are reached by an index.
-  const uint16_t* rows[(ROWS + 2) / 3];
+  const Input* rows[(ROWS + 2) / 3];
 #pragma GCC unroll 8
   for (int j = 0; j < (ROWS + 2) / 3; ++j) rows[j] = a + 3 * j * lda;
   for (int64_t p = 0; p < pairs; ++p) {
-    const __m512bh low = (__m512bh)_mm512_loadu_si512(b);
-    const __m512bh high = (__m512bh)_mm512_loadu_si512(b + 32);
-    _mm_prefetch(fetch.from, _MM_HINT_T1);
-    _mm_prefetch(fetch.from + fetch.second, _MM_HINT_T1);
-    fetch.from += fetch.step;
+    const __m512i low = _mm512_loadu_si512(b), high = _mm512_loadu_si512(b + 32);
+    fetch.next();
     b += 64;
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
       int32_t two;
       std::memcpy(&two, rows[r / 3] + (r % 3) * lda, 4);
-      const __m512bh x = (__m512bh)_mm512_set1_epi32(two);
-      left[r] = _mm512_dpbf16_ps(left[r], x, low);
-      right[r] = _mm512_dpbf16_ps(right[r], x, high);
+      const __m512i x = _mm512_set1_epi32(two);
+      left[r] = dot(left[r], x, low);
+      right[r] = dot(right[r], x, high);
     }
 #pragma GCC unroll 8
     for (int j = 0; j < (ROWS + 2) / 3; ++j) rows[j] += 2;
@@ -69,15 +76,78 @@ void tile(const uint16_t* a, int64_t lda, const uint16_t* b, int64_t pairs, floa
   }
 }
 
-typedef void (*TileFunction)(const uint16_t*, int64_t, const uint16_t*, int64_t, float*, int64_t,
+#else
+
+// Adds a[r] * b[c] of every ODD-th input of the pairs at ``b``; rows[j] leads to row 3 * j.
+template <int ROWS, int ODD>
+inline __attribute__((always_inline)) void add_half(const Input* const* rows, int64_t lda,
+                                                    const uint16_t* b,
+                                                    V (*sums)[PANEL / LANES]) {
+  constexpr int PARTS = PANEL / LANES;
+  Bits pairs[PARTS];
+  std::memcpy(pairs, b, sizeof(pairs));
+  if constexpr (PARTS == 2) {
+    const V low = half_of<ODD>(pairs[0]), high = half_of<ODD>(pairs[1]);
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r) {
+      const V x = all(rows[r / 3][r % 3 * lda + ODD]);
+      sums[r][0] = fused(x, low, sums[r][0]);
+      sums[r][1] = fused(x, high, sums[r][1]);
+    }
+  } else {  // fewer registers: the inputs are read again for each part
+#pragma GCC unroll 4
+    for (int c = 0; c < PARTS; ++c) {
+      const V part = half_of<ODD>(pairs[c]);
+#pragma GCC unroll 16
+      for (int r = 0; r < ROWS; ++r) {
+        sums[r][c] = fused(all(rows[r / 3][r % 3 * lda + ODD]), part, sums[r][c]);
+      }
+    }
+  }
+}
+
+template <int ROWS, bool ADD>
+void tile(const Input* a, int64_t lda, const uint16_t* b, int64_t pairs, float* sums,
+          int64_t stride, Fetch fetch) {
+  constexpr int PARTS = PANEL / LANES;
+  V own[ROWS][PARTS];
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < PARTS; ++c) own[r][c] = ADD ? load(sums + r * stride + c * LANES) : V{};
+  }
+  // Every third row has a pointer of its own: the others are reached by an index.
+  const Input* rows[(ROWS + 2) / 3];
+#pragma GCC unroll 8
+  for (int j = 0; j < (ROWS + 2) / 3; ++j) rows[j] = a + 3 * j * lda;
+  for (int64_t p = 0; p < pairs; ++p) {
+    fetch.next();
+    add_half<ROWS, 0>(rows, lda, b, own);
+    add_half<ROWS, 1>(rows, lda, b, own);
+    b += 64;
+#pragma GCC unroll 8
+    for (int j = 0; j < (ROWS + 2) / 3; ++j) rows[j] += 2;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < PARTS; ++c) store(sums + r * stride + c * LANES, own[r][c]);
+  }
+}
+
+#endif
+
+typedef void (*TileFunction)(const Input*, int64_t, const uint16_t*, int64_t, float*, int64_t,
                              Fetch);
+
+template <bool ADD, int... ROW>
+constexpr std::array<TileFunction, sizeof...(ROW)> tiles_of(std::integer_sequence<int, ROW...>) {
+  return {tile<ROW + 1, ADD>...};
+}
 
 template <bool ADD>
 inline TileFunction tile_of(int64_t rows) {
-  static constexpr TileFunction table[TILE_ROWS] = {
-      tile<1, ADD>,  tile<2, ADD>,  tile<3, ADD>,  tile<4, ADD>, tile<5, ADD>,
-      tile<6, ADD>,  tile<7, ADD>,  tile<8, ADD>,  tile<9, ADD>, tile<10, ADD>,
-      tile<11, ADD>, tile<12, ADD>, tile<13, ADD>, tile<14, ADD>};
+  static constexpr auto table = tiles_of<ADD>(std::make_integer_sequence<int, TILE_ROWS>());
   return table[rows - 1];
 }
 
@@ -85,31 +155,6 @@ inline TileFunction tile_of(int64_t rows) {
 inline int64_t tile_rows(int64_t count) {
   const int64_t tiles = (count + TILE_ROWS - 1) / TILE_ROWS;
   return (count + tiles - 1) / tiles;
-}
-
-inline __m512 widen(const uint16_t* from) {
-  return (__m512)_mm512_slli_epi32(
-      _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))), 16);
-}
-
-inline void narrow(uint16_t* to, __m512 x) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x));
-}
-
-inline __m512 exp_of(__m512 x) {  // like exp_negative of paged.h; clamped to -87 .. 87
-  // Of these, a NaN that is the second operand comes through.
-  x = _mm512_max_ps(_mm512_set1_ps(-87.0f), _mm512_min_ps(_mm512_set1_ps(87.0f), x));
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-  r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
-  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
-  p = _mm512_add_ps(_mm512_fmadd_ps(p, _mm512_mul_ps(r, r), r), _mm512_set1_ps(1.0f));
-  return _mm512_scalef_ps(p, n);
 }
 
 #endif  // HAS_TILES
