@@ -84,10 +84,8 @@ inline __attribute__((always_inline)) void add_half(const Input* const* rows, in
                                                     const uint16_t* b,
                                                     V (*sums)[PANEL / LANES]) {
   constexpr int PARTS = PANEL / LANES;
-  Bits pairs[PARTS];
-  std::memcpy(pairs, b, sizeof(pairs));
   if constexpr (PARTS == 2) {
-    const V low = half_of<ODD>(pairs[0]), high = half_of<ODD>(pairs[1]);
+    const V low = half_of<ODD>(b), high = half_of<ODD>(b + 2 * LANES);
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
       const V x = all(rows[r / 3][r % 3 * lda + ODD]);
@@ -97,7 +95,7 @@ inline __attribute__((always_inline)) void add_half(const Input* const* rows, in
   } else {  // fewer registers: the inputs are read again for each part
 #pragma GCC unroll 4
     for (int c = 0; c < PARTS; ++c) {
-      const V part = half_of<ODD>(pairs[c]);
+      const V part = half_of<ODD>(b + 2 * LANES * c);
 #pragma GCC unroll 16
       for (int r = 0; r < ROWS; ++r) {
         sums[r][c] = fused(all(rows[r / 3][r % 3 * lda + ODD]), part, sums[r][c]);

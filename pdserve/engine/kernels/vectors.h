@@ -166,10 +166,16 @@ inline __m512 dot(__m512 sum, __m512i a, __m512i b) {
 #endif
 }
 #else
-// One of the two bfloat16 of each pair.
+// One of the two bfloat16 of each of LANES pairs.
 template <int ODD>
 inline V half_of(Bits pairs) {
   return (V)(ODD ? pairs & 0xffff0000u : pairs << 16);
+}
+template <int ODD>
+inline V half_of(const uint16_t* from) {
+  Bits pairs;
+  std::memcpy(&pairs, from, sizeof(Bits));
+  return half_of<ODD>(pairs);
 }
 #endif
 
