@@ -120,6 +120,14 @@ class EngineConfig:
         "Attention over the pool; auto takes the fastest that this machine can run.",
         choices=("auto", "native", "gather"),
     )
+    turn_ms: float = opt(
+        100.0,
+        "Where several CPU workers each use all cores of a host: how long one computes on while "
+        "another waits, so that streams stand still for so long at most. 0 leaves it to the "
+        "system, which has them compute at once.",
+        low=0,
+        high=10_000,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from pdserve.engine.api import BlockHasher, EventSink
 from pdserve.engine.decode_graph import cuda_capture
 from pdserve.engine.dtypes import resolve_dtype
 from pdserve.engine.engine import Engine
+from pdserve.engine.fused import why_not_fused
 from pdserve.engine.host_memory import HostShare, Memory, measure_host
 from pdserve.engine.layout import BlockLayout, block_layout, fingerprint
 from pdserve.engine.memory import PoolMemory, allocate_cuda, allocate_shared
@@ -37,6 +38,7 @@ from pdserve.engine.sizing import (
     size_pool,
 )
 from pdserve.engine.triton_layer import TritonKernels, load_triton
+from pdserve.engine.turns import Turn, open_turn
 from pdserve.errors import ConfigError, PdserveError
 from pdserve.pages import take_pages
 from pdserve.types import Incarnation, ModelFacts, Numerics
@@ -46,6 +48,7 @@ from pdserve.types import Incarnation, ModelFacts, Numerics
 class BuiltEngine:
     engine: Engine  # not started
     memory: PoolMemory  # closed by whoever closes the engine
+    turn: Turn | None  # likewise, after the engine stopped; None: computes whenever it has to
     layout: BlockLayout
     facts: ModelFacts
     notes: tuple[str, ...]  # what was chosen and why, a line each, for the log
@@ -91,7 +94,8 @@ def build_engine(
     inputs = _sizing_inputs(free, share, loaded, where)
     size = size_pool(inputs, layout, config.engine, pool_blocks or config.engine.pool_blocks)
     memory = _allocate(size.blocks, layout, incarnation, where)
-    runner = ModelRunner(loaded, pool_view(memory.blocks, layout), library)
+    turn, turn_note = _turn(config, where, share.workers, why_not_fused(loaded))
+    runner = ModelRunner(loaded, pool_view(memory.blocks, layout), library, turn)
     if isinstance(library, TritonKernels):
         runner.use_graphs(cuda_capture(where), config.engine.max_running)
     engine = Engine(
@@ -113,9 +117,10 @@ def build_engine(
         f"probe: logits differ from eager attention's by {report.difference:.1e} "
         f"(at most {report.tolerance:g})",
         *_pool_notes(size, loaded),
+        turn_note,
         *_thread_notes(where, share.workers),
     )
-    return BuiltEngine(engine, memory, layout, _facts(model_path, loaded, layout), notes)
+    return BuiltEngine(engine, memory, turn, layout, _facts(model_path, loaded, layout), notes)
 
 
 def _sizing_inputs(
@@ -205,6 +210,26 @@ def _pool_notes(size: PoolSize, loaded: LoadedModel) -> tuple[str, ...]:
         f"the pool holds {size.longest} tokens, fewer than the model's context of "
         f"{loaded.max_model_len}: longer sequences will be refused",
     )
+
+
+def _turn(
+    config: Config, device: torch.device, workers_on_host: int, not_fused: str
+) -> tuple[Turn | None, str]:
+    """A place among this host's engines, where each of them uses all cores; and what to say of it.
+
+    Only fused layers can let another engine in, so only they take turns.
+    """
+    slice_s = config.engine.turn_ms / 1000
+    alone = device.type != "cpu" or workers_on_host <= 1
+    if alone or torch.get_num_threads() < len(os.sched_getaffinity(0)):
+        return None, "cores: not shared with another worker"
+    if not slice_s or not_fused:
+        reason = f"layer by layer: {not_fused}" if not_fused else "engine.turn_ms is 0"
+        return None, f"cores: shared with the host's other workers as the system likes ({reason})"
+    try:
+        return open_turn(slice_s), f"cores: taken in turns of {config.engine.turn_ms:g} ms"
+    except ConfigError as error:
+        return None, f"cores: shared with the host's other workers as the system likes ({error})"
 
 
 def _thread_notes(device: torch.device, workers_on_host: int) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ from pdserve.engine.plan import StepPlan
 from pdserve.engine.pool_view import PoolView
 from pdserve.engine.quantized_linear import QuantizedLinear
 from pdserve.engine.tiles import PANEL, Linear, TiledLinear
+from pdserve.engine.turns import Turn
 
 # Norm, attention with rotated queries and keys, norm, gated SiLU; nothing else in between.
 FAMILIES = (
@@ -93,6 +94,7 @@ class _DecoderStep(ctypes.Structure):
         ("wanted", ctypes.c_int64),
         ("places", ctypes.c_void_p),
         ("logits", ctypes.c_void_p),
+        ("turn", ctypes.c_void_p),
     )
 
 
@@ -126,7 +128,9 @@ def why_not_fused(loaded: LoadedModel) -> str:
 class FusedDecoder:
     """A model for which ``why_not_fused`` has no reason, bound to one pool."""
 
-    def __init__(self, loaded: LoadedModel, pool: PoolView, library: CDLL) -> None:
+    def __init__(
+        self, loaded: LoadedModel, pool: PoolView, library: CDLL, turn: Turn | None = None
+    ) -> None:
         assert pool.blocks.dtype is torch.bfloat16
         model = loaded.model
         self._embed = model.model.embed_tokens
@@ -134,6 +138,7 @@ class FusedDecoder:
         self._function = library.pdserve_decoder_step
         # What enters a product: bfloat16 where the processor multiplies it, else float.
         self._input = torch.bfloat16 if library.pdserve_input_bytes() == 2 else torch.float32
+        self._turn = turn  # taken for each step
         self._pool = pool  # keeps the memory alive that the kernel is given
         self._kept: list[torch.Tensor] = []  # and the norms in float
         first, shape = model.model.layers[0], loaded.layers[0].shape
@@ -192,6 +197,7 @@ class FusedDecoder:
             wanted=len(places),
             places=places.data_ptr(),
             logits=logits.data_ptr(),
+            turn=None if self._turn is None else ctypes.addressof(self._turn.struct),
         )
         self._function(ctypes.byref(self._decoder), ctypes.byref(call))
         return logits

@@ -29,7 +29,7 @@ from pdserve.errors import ConfigError
 
 FOLDER = Path(__file__).with_name("kernels")
 SOURCE = FOLDER / "kernels.cpp"
-ABI = 4
+ABI = 5
 DTYPE_CODES: Mapping[torch.dtype, int] = {
     torch.bfloat16: 0,
     torch.float32: 1,

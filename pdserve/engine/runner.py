@@ -22,6 +22,7 @@ from pdserve.engine.pool_view import PoolView
 from pdserve.engine.sampler import TokenSampler
 from pdserve.engine.step import Row, RowResult, SamplerState
 from pdserve.engine.triton_layer import TritonKernels
+from pdserve.engine.turns import Turn
 from pdserve.types import Sampling, TokenLogprob, TokenOut
 
 
@@ -29,9 +30,13 @@ class ModelRunner:
     """Owns the model's binding to one pool. Called on the engine's thread alone."""
 
     def __init__(
-        self, loaded: LoadedModel, pool: PoolView, library: CDLL | TritonKernels | None
+        self,
+        loaded: LoadedModel,
+        pool: PoolView,
+        library: CDLL | TritonKernels | None,
+        turn: Turn | None = None,
     ) -> None:
-        """``library``: the kernels of attention; None gathers."""
+        """``library``: the kernels of attention; None gathers. ``turn``: fused steps take it."""
         self._loaded = loaded
         self._pool = pool
         self._attention = PagedAttention(loaded.modules, pool, library)
@@ -40,7 +45,7 @@ class ModelRunner:
         reason = why_not_fused(loaded)
         self._fused: FusedDecoder | None = None
         if isinstance(library, CDLL) and not reason:
-            self._fused = FusedDecoder(loaded, pool, library)
+            self._fused = FusedDecoder(loaded, pool, library, turn)
         self.layers_note = f"one by one, because {reason}" if reason else "fused"
         self._graphs: DecodeGraphs | None = None
 

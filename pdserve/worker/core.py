@@ -159,6 +159,8 @@ class WorkerCore:
 
     def close_memory(self) -> None:
         self.built.memory.close()
+        if self.built.turn is not None:
+            self.built.turn.close()
 
     def _facts(self, address: str, ports: Ports) -> WorkerFacts:
         return WorkerFacts(

@@ -11,6 +11,7 @@
 #if HAS_TILES
 
 #include "team.h"
+#include "turns.h"
 
 namespace {
 
@@ -48,6 +49,7 @@ struct DecoderStep {
   int64_t wanted;
   const int64_t* places;  // [wanted] of the line
   float* logits;          // [wanted, vocabulary]
+  Turn* turn;             // null: nobody shares the cores
 };
 
 constexpr int64_t BLOCK_ROWS = 224 / sizeof(Input);  // whose inputs stay in the second cache
@@ -92,8 +94,8 @@ struct Cut {
 
 class Pass {  // one thread's way through a step
  public:
-  Pass(const Decoder& decoder, const DecoderStep& step, Team& team)
-      : d_(decoder), s_(step), team_(team), size_(decoder.layers[0].kv.key_size),
+  Pass(const Decoder& decoder, const DecoderStep& step, Team& team, bool first)
+      : d_(decoder), s_(step), team_(team), first_(first), size_(decoder.layers[0].kv.key_size),
         kv_heads_(decoder.layers[0].kv.heads) {
     mixed_ = (d_.heads + 2 * kv_heads_) * size_;
   }
@@ -101,6 +103,7 @@ class Pass {  // one thread's way through a step
   void run() {
     for (int64_t i = 0; i < d_.count; ++i) {
       const DecoderLayer& layer = d_.layers[i];
+      if (first_) let_others_in();
       norm(layer.norm_in);
       mix(layer);
       rotate(layer);
@@ -115,6 +118,14 @@ class Pass {  // one thread's way through a step
 
  private:
   int64_t tokens() const { return s_.step.tokens; }
+
+  void let_others_in() {
+    if (s_.turn == nullptr || !turn_is_over(*s_.turn)) return;
+    team_.rest(true);
+    give_turn(*s_.turn);
+    take_turn(*s_.turn);
+    team_.rest(false);
+  }
 
   template <class Work>  // work(token) for every token, in runs of some
   void each_token(Work work) {
@@ -295,6 +306,7 @@ class Pass {  // one thread's way through a step
   const Decoder& d_;
   const DecoderStep& s_;
   Team& team_;
+  const bool first_;
   int64_t size_, kv_heads_, mixed_ = 0, stage_ = 0;
   FlashScratch flash_;
   Scratch<float> single_;

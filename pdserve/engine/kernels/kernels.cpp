@@ -48,7 +48,7 @@ void pdserve_paged_attention(const Layer* layer, const Step* step, const Call* c
 }
 
 // Bumped with every change of the structures that Python mirrors.
-int64_t pdserve_kernels_abi() { return 4; }
+int64_t pdserve_kernels_abi() { return 5; }
 
 // Whether the two functions below are there, and whether they take 8- and 4-bit weights.
 int64_t pdserve_has_tiles() { return HAS_TILES; }
@@ -72,7 +72,7 @@ void pdserve_linear(const Linear* linear, const uint16_t* x, uint16_t* out, int6
   for (int64_t i = 0; i < rows * k; ++i) wide[i] = load(Bf16{x[i]});
   const Input* a = wide.data();
 #endif
-  with_team(threads, [&](Team& team) {
+  with_team(threads, [&](Team& team, bool) {
     int64_t stage = 0;
     GroupScratch scratch;
     team.share(stage, cut.pieces(), [&](int64_t piece) {
@@ -91,8 +91,15 @@ void pdserve_linear(const Linear* linear, const uint16_t* x, uint16_t* out, int6
 }
 
 void pdserve_decoder_step(const Decoder* decoder, const DecoderStep* step) {
-  with_team(step->step.threads, [&](Team& team) { Pass(*decoder, *step, team).run(); });
+  if (step->turn != nullptr) take_turn(*step->turn);
+  with_team(step->step.threads,
+            [&](Team& team, bool first) { Pass(*decoder, *step, team, first).run(); });
+  if (step->turn != nullptr) give_turn(*step->turn);
 }
+
+// For what else an engine computes on all cores.
+void pdserve_take_turn(Turn* turn) { take_turn(*turn); }
+void pdserve_give_turn(Turn* turn) { give_turn(*turn); }
 
 #endif
 }

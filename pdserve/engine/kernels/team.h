@@ -3,7 +3,8 @@
 // All threads call the same stages in the same order. The pieces of a stage are taken one by one
 // from a shared counter, so that a thread that was interrupted does not hold up the others, and a
 // stage ends with a barrier. Waiting spins, since stages are short; then it yields, since threads may
-// outnumber the cores; then it sleeps, so that a thread that is held up costs the others no core.
+// outnumber the cores; then it sleeps, so that a thread that is held up costs the others no core. While
+// the first thread waits for something else (turns.h), the others sleep at once.
 #pragma once
 
 #include <immintrin.h>
@@ -37,6 +38,9 @@ class Team {
     wait(++stage);
   }
 
+  // Said by the thread that is about to be away for long, and when it is back.
+  void rest(bool on) { resting_.store(on, std::memory_order_relaxed); }
+
  private:
   static constexpr int SPINS = 4000;
   static constexpr int YIELDS = 4000;
@@ -52,6 +56,7 @@ class Team {
     }
     // A thread is never more than one stage behind, so equality is enough.
     for (int tries = 0; passed_.load(std::memory_order_acquire) != goal; ++tries) {
+      if (resting_.load(std::memory_order_relaxed)) tries = SPINS + YIELDS;
       if (tries < SPINS) {
         _mm_pause();
       } else if (tries < SPINS + YIELDS) {
@@ -74,11 +79,12 @@ class Team {
   alignas(64) std::atomic<int64_t> arrived_{0};
   alignas(64) std::atomic<uint32_t> passed_{0};  // the low half of the stage that all have passed
   alignas(64) std::atomic<int32_t> sleepers_{0};
+  std::atomic<bool> resting_{false};
   static_assert(std::atomic<uint32_t>::is_always_lock_free);
   static_assert(sizeof(std::atomic<uint32_t>) == sizeof(uint32_t));
 };
 
-// Runs body(team) on ``threads`` threads.
+// Runs body(team, first) on ``threads`` threads, of which one is the first.
 template <class Body>
 void with_team(int64_t threads, Body body) {
 #if defined(_OPENMP)
@@ -88,14 +94,14 @@ void with_team(int64_t threads, Body body) {
     {
 #pragma omp single
       team = new Team(omp_get_num_threads());
-      body(*team);
+      body(*team, omp_get_thread_num() == 0);
     }
     delete team;
     return;
   }
 #endif
   Team alone(1);
-  body(alone);
+  body(alone, true);
 }
 
 }  // namespace

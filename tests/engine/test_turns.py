@@ -1,0 +1,191 @@
+"""Engines that share the cores of a host compute one after the other, and none waits for the dead."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pdserve.engine.tiles import tiles_work
+from pdserve.engine.turns import PATIENCE, PLACES, Turn, open_turn
+from pdserve.errors import ConfigError
+from tests.engine.model_world import kernel
+
+pytestmark = pytest.mark.skipif(
+    not tiles_work(kernel()), reason="this processor has neither AVX-512 nor AVX2, or has AMX"
+)
+SLICE_S = 0.05
+
+
+def take(turn: Turn) -> None:
+    kernel().pdserve_take_turn(ctypes.byref(turn.struct))
+
+
+def give(turn: Turn) -> None:
+    kernel().pdserve_give_turn(ctypes.byref(turn.struct))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "turns"
+
+
+@pytest.fixture
+def pair(path: Path) -> Iterator[tuple[Turn, Turn]]:
+    one, other = open_turn(SLICE_S, path), open_turn(SLICE_S, path)
+    yield one, other
+    one.close()
+    other.close()
+
+
+def test_one_at_a_time_in_the_order_of_asking(path: Path) -> None:
+    turns = [open_turn(10.0, path) for _ in range(4)]
+    order: list[int] = []
+    inside = threading.Lock()
+    wrong = []
+
+    def compute(which: int) -> None:
+        take(turns[which])
+        if not inside.acquire(blocking=False):
+            wrong.append(which)
+        else:
+            order.append(which)
+            time.sleep(0.01)
+            inside.release()
+        give(turns[which])
+
+    take(turns[0])
+    waiting = [threading.Thread(target=compute, args=(which,)) for which in (2, 1, 3)]
+    for thread in waiting:
+        thread.start()
+        time.sleep(0.03)  # so that the order of asking is known
+    assert order == []
+    give(turns[0])
+    for thread in waiting:
+        thread.join(30)
+    assert order == [2, 1, 3]
+    assert wrong == []
+    assert [turn.forced for turn in turns] == [0, 0, 0, 0]
+    assert turns[2].waited_s > 0.05
+    assert turns[0].waited_s < 0.05
+    for turn in turns:
+        turn.close()
+
+
+def test_many_engines_in_many_turns_are_never_two_at_once(path: Path) -> None:
+    turns = [open_turn(10.0, path) for _ in range(5)]
+    inside, most, rounds = 0, 0, [0] * len(turns)
+    end = time.monotonic() + 1.0
+
+    def compute(which: int) -> None:
+        nonlocal inside, most
+        while time.monotonic() < end:
+            take(turns[which])
+            inside += 1
+            most = max(most, inside)
+            time.sleep(0.0002 * which)
+            inside -= 1
+            rounds[which] += 1
+            give(turns[which])
+
+    threads = [threading.Thread(target=compute, args=(i,)) for i in range(len(turns))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert most == 1
+    assert min(rounds) > 10, rounds
+    assert not any(turn.forced for turn in turns)
+    for turn in turns:
+        turn.close()
+
+
+def test_who_never_gives_delays_the_other_once(pair: tuple[Turn, Turn]) -> None:
+    stuck, other = pair
+    take(stuck)
+    began = time.monotonic()
+    take(other)
+    waited = time.monotonic() - began
+    assert PATIENCE * SLICE_S * 0.9 < waited < PATIENCE * SLICE_S + 5
+    assert other.forced == 1
+    give(other)
+    give(stuck)  # comes late, and takes nothing from anybody
+    began = time.monotonic()
+    for turn in (other, stuck, other):
+        take(turn)
+        give(turn)
+    assert time.monotonic() - began < PATIENCE * SLICE_S
+    assert (other.forced, stuck.forced) == (1, 0)
+
+
+def test_the_place_of_a_killed_engine_is_free_and_its_turn_over(path: Path) -> None:
+    script = (
+        "import ctypes, sys, time; from pathlib import Path;"
+        "from pdserve.engine.turns import open_turn; turn = open_turn(30.0, Path(sys.argv[1]));"
+        "library = ctypes.CDLL(sys.argv[2]);"
+        "library.pdserve_take_turn(ctypes.byref(turn.struct));"
+        "print(turn.place, flush=True); time.sleep(60)"
+    )
+    keeper = open_turn(30.0, path)
+    # Linked against torch's OpenMP, which the child has to load first.
+    child = subprocess.Popen(
+        [sys.executable, "-c", "import torch; " + script, str(path), kernel()._name],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "LD_PRELOAD": _openmp()},
+    )
+    assert child.stdout is not None
+    place = int(child.stdout.readline())
+    assert place != keeper.place
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    heir = open_turn(30.0, path)
+    assert heir.place == place
+    began = time.monotonic()
+    take(keeper)
+    assert time.monotonic() - began < 5, "waited for the dead"
+    give(keeper)
+    heir.close()
+    keeper.close()
+
+
+def _openmp() -> str:
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
+        name = line.rsplit(maxsplit=1)[-1]
+        if "gomp" in name or "omp" in Path(name).name:
+            return name
+    return ""
+
+
+def test_there_are_so_many_places(path: Path) -> None:
+    turns = [open_turn(SLICE_S, path) for _ in range(PLACES)]
+    assert sorted(turn.place for turn in turns) == list(range(PLACES))
+    with pytest.raises(ConfigError, match="places are taken"):
+        open_turn(SLICE_S, path)
+    turns.pop(7).close()
+    again = open_turn(SLICE_S, path)
+    assert again.place == 7
+    for turn in (*turns, again):
+        turn.close()
+
+
+@pytest.mark.parametrize("wrong", ["others may write", "a link", "a folder"])
+def test_a_file_that_is_not_this_users_alone_is_refused(wrong: str, path: Path) -> None:
+    if wrong == "others may write":
+        path.touch()
+        path.chmod(0o666)
+    elif wrong == "a link":
+        path.with_name("other").touch(0o600)
+        path.symlink_to(path.with_name("other"))
+    else:
+        path.mkdir()
+    with pytest.raises(ConfigError, match=str(path)):
+        open_turn(SLICE_S, path)
