@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import grpc.aio
 
 from cache_tiers.keys import KeyMaker
+from pdserve.collector import starting_up
 from pdserve.rpc.channels import bind, make_server
 from pdserve.telemetry.log_service import LoggingService
 from pdserve.v1 import admin_pb2_grpc, worker_pb2_grpc
@@ -137,7 +138,9 @@ async def serve(boot: RouterBoot, announce: Callable[[Addresses], None]) -> None
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
     try:
-        announce(await server.start())
+        with starting_up():
+            addresses = await server.start()
+        announce(addresses)
         asked = asyncio.create_task(first.wait())
         await asyncio.wait((asked, server.broken), return_when=asyncio.FIRST_COMPLETED)
         asked.cancel()

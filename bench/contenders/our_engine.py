@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 import time
@@ -9,6 +10,7 @@ import time
 from turns import Seen, Turn, seen, take_turns  # type: ignore[import-not-found]
 
 from bench.bare_engine import bare_engine
+from pdserve.collector import starting_up
 from pdserve.config import Config
 
 
@@ -16,7 +18,9 @@ def main(folder: str, quantization: str = "none") -> None:
     plain = Config()
     model = dataclasses.replace(plain.model, path=folder, quantization=quantization)
     config = dataclasses.replace(plain, model=model)
-    with bare_engine(config) as engine:
+    with contextlib.ExitStack() as stack:
+        with starting_up():  # as a worker's process does
+            engine = stack.enter_context(bare_engine(config))
 
         def answer(turn: Turn) -> Seen:
             prompts = turn.prompts()

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from pdserve.collector import starting_up
 from pdserve.engine.host_memory import Memory
 from pdserve.errors import Draining, InternalError, PdserveError
 from pdserve.telemetry import setup_logging
@@ -65,8 +66,9 @@ class WorkerActor:
         boot = self._boot
         _set_up_logging(boot)
         try:
-            start = importlib.import_module(boot.module).start_worker
-            self._running = start(_placed(boot))
+            with starting_up():
+                start = importlib.import_module(boot.module).start_worker
+                self._running = start(_placed(boot))
         except PdserveError as error:
             logger.error("does not start: %s", error)
             self._failure = StartFailure(error.code, str(error))

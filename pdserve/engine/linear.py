@@ -2,8 +2,8 @@
 
 A plain nn.Linear has its weights reordered by oneDNN in every call, which for few rows costs more
 than the product. The results are those of the plain layer up to the order of sums. In ``fast``
-numerics, on CPUs, each plain layer becomes one of our own kernels' (tiles.py) where these work, else
-one of oneDNN's (PackedLinear) where the processor multiplies bfloat16; everywhere else it stays.
+numerics, on CPUs, each plain layer becomes one of our own kernels' (tiles.py) where these work,
+else one of oneDNN's (PackedLinear) where that has bfloat16 products; everywhere else it stays.
 """
 
 from __future__ import annotations
@@ -46,9 +46,7 @@ def onednn_packs() -> bool:
 
 def can_pack(dtype: torch.dtype, device: torch.device, library: CDLL | None) -> bool:
     return (
-        dtype is torch.bfloat16
-        and device.type == "cpu"
-        and (tiles_work(library) or onednn_packs())
+        dtype is torch.bfloat16 and device.type == "cpu" and (tiles_work(library) or onednn_packs())
     )
 
 

@@ -1,4 +1,4 @@
-"""Engines that share the cores of a host compute one after the other, and none waits for the dead."""
+"""Engines that share a host's cores compute one after the other, and none waits for the dead."""
 
 from __future__ import annotations
 
