@@ -13,6 +13,7 @@ wherever its weights are not packed for our kernels (linear.py).
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from ctypes import CDLL
 from typing import Any
 
@@ -24,6 +25,7 @@ from pdserve.engine.native import Layer, NativeStep, Step, native_layer
 from pdserve.engine.plan import StepPlan
 from pdserve.engine.pool_view import PoolView
 from pdserve.engine.quantized_linear import QuantizedLinear
+from pdserve.engine.step import nothing
 from pdserve.engine.tiles import PANEL, Linear, TiledLinear
 from pdserve.engine.turns import Turn
 
@@ -164,8 +166,13 @@ class FusedDecoder:
         )
         self._model = model  # keeps the packed weights
 
-    def forward(self, plan: StepPlan, places: torch.Tensor) -> torch.Tensor:
-        """Float logits [len(places), vocabulary] at those places of the line; writes the KV."""
+    def forward(
+        self, plan: StepPlan, places: torch.Tensor, launching: Callable[[], None] = nothing
+    ) -> torch.Tensor:
+        """Float logits [len(places), vocabulary] at those places of the line; writes the KV.
+
+        ``launching``: see step.py.
+        """
         count = plan.size
         assert len(places) <= count, "the kernel has room for one row a token"
         tokens, positions = torch.from_numpy(plan.tokens), torch.from_numpy(plan.positions)
@@ -199,6 +206,7 @@ class FusedDecoder:
             logits=logits.data_ptr(),
             turn=None if self._turn is None else ctypes.addressof(self._turn.struct),
         )
+        launching()
         self._function(ctypes.byref(self._decoder), ctypes.byref(call))
         return logits
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pdserve.engine.layout import BlockLayout, LayerShape, block_layout
-from pdserve.engine.step import Row, RowResult, SamplerState
+from pdserve.engine.step import Row, RowResult, SamplerState, nothing
 from pdserve.types import Sampling, TokenLogprob, TokenOut, TopLogprob
 
 if TYPE_CHECKING:  # torch comes with it
@@ -101,7 +101,8 @@ class SyntheticRunner:
     ) -> SamplerState:
         return SyntheticSampler(sampling, len(token_ids) - prompt_len)
 
-    def step(self, rows: Sequence[Row]) -> list[RowResult]:
+    def step(self, rows: Sequence[Row], launching: Callable[[], None] = nothing) -> list[RowResult]:
+        launching()
         if self._seconds_per_token:
             time.sleep(self._seconds_per_token * sum(len(row.tokens) for row in rows))
         for row in rows:
