@@ -120,6 +120,9 @@ class EngineConfig:
         "Attention over the pool; auto takes the fastest that this machine can run.",
         choices=("auto", "native", "gather"),
     )
+    pin_threads: bool = opt(
+        True, "A CPU worker that has a thread for each core keeps each to one of them."
+    )
     turn_ms: float = opt(
         100.0,
         "Where several CPU workers each use all cores of a host: how long one computes on while "

@@ -95,7 +95,9 @@ def build_engine(
     size = size_pool(inputs, layout, config.engine, pool_blocks or config.engine.pool_blocks)
     memory = _allocate(size.blocks, layout, incarnation, where)
     turn, turn_note = _turn(config, where, share.workers, why_not_fused(loaded))
-    runner = ModelRunner(loaded, pool_view(memory.blocks, layout), library, turn)
+    runner = ModelRunner(
+        loaded, pool_view(memory.blocks, layout), library, turn, config.engine.pin_threads
+    )
     if isinstance(library, TritonKernels):
         runner.use_graphs(cuda_capture(where), config.engine.max_running)
     engine = Engine(

@@ -143,6 +143,7 @@ class Engine:
 
     def _run(self) -> None:
         try:
+            self._runner.begin()
             while self.turn(wait=True):
                 pass
             self._wind_up(Draining("the worker stops"))

@@ -137,6 +137,7 @@ class FusedDecoder:
         model = loaded.model
         self._embed = model.model.embed_tokens
         self._rotary = model.model.rotary_emb
+        self._library = library
         self._function = library.pdserve_decoder_step
         # What enters a product: bfloat16 where the processor multiplies it, else float.
         self._input = torch.bfloat16 if library.pdserve_input_bytes() == 2 else torch.float32
@@ -165,6 +166,11 @@ class FusedDecoder:
             head=model.get_output_embeddings().struct,
         )
         self._model = model  # keeps the packed weights
+
+    def keep_to_cores(self) -> bool:
+        """This thread, and those that help it, keep to a core each; False: not so many cores."""
+        threads = ctypes.c_int64(torch.get_num_threads())
+        return bool(self._library.pdserve_keep_to_cores(threads))
 
     def forward(
         self, plan: StepPlan, places: torch.Tensor, launching: Callable[[], None] = nothing

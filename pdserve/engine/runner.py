@@ -35,8 +35,12 @@ class ModelRunner:
         pool: PoolView,
         library: CDLL | TritonKernels | None,
         turn: Turn | None = None,
+        pin: bool = False,
     ) -> None:
-        """``library``: the kernels of attention; None gathers. ``turn``: fused steps take it."""
+        """``library``: the kernels of attention; None gathers. ``turn``: fused steps take it.
+
+        ``pin``: an engine's thread and its helpers keep to one core each, once it begins.
+        """
         self._loaded = loaded
         self._pool = pool
         self._attention = PagedAttention(loaded.modules, pool, library)
@@ -46,6 +50,7 @@ class ModelRunner:
         self._fused: FusedDecoder | None = None
         if isinstance(library, CDLL) and not reason:
             self._fused = FusedDecoder(loaded, pool, library, turn)
+        self._pin = pin
         self.layers_note = f"one by one, because {reason}" if reason else "fused"
         self._graphs: DecodeGraphs | None = None
 
@@ -58,6 +63,10 @@ class ModelRunner:
         )
         with torch.inference_mode():
             self._graphs.prepare()
+
+    def begin(self) -> None:
+        if self._pin and self._fused is not None:
+            self._fused.keep_to_cores()
 
     def open_sampler(
         self, sampling: Sampling, token_ids: Sequence[int], prompt_len: int

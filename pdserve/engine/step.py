@@ -54,6 +54,10 @@ class RowResult:
 class Runner(Protocol):
     """Computes steps on one model and one pool. Called on the engine's thread alone."""
 
+    def begin(self) -> None:
+        """On the thread that an engine has for its steps alone, before the first of them."""
+        ...
+
     def open_sampler(
         self, sampling: Sampling, token_ids: Sequence[int], prompt_len: int
     ) -> SamplerState:

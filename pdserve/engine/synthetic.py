@@ -101,6 +101,9 @@ class SyntheticRunner:
     ) -> SamplerState:
         return SyntheticSampler(sampling, len(token_ids) - prompt_len)
 
+    def begin(self) -> None:
+        """Any thread will do."""
+
     def step(self, rows: Sequence[Row], launching: Callable[[], None] = nothing) -> list[RowResult]:
         launching()
         if self._seconds_per_token:

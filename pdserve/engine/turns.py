@@ -39,6 +39,7 @@ class TurnStruct(ctypes.Structure):
         ("began", ctypes.c_int64),
         ("waited", ctypes.c_int64),
         ("forced", ctypes.c_int64),
+        ("given", ctypes.c_int64),
     )
 
 

@@ -21,6 +21,7 @@ from pdserve.engine.native import load_native
 from pdserve.engine.pool_view import pool_view
 from pdserve.engine.runner import ModelRunner
 from pdserve.engine.step import Row, RowResult, SamplerState
+from pdserve.engine.turns import Turn
 from pdserve.types import Numerics, Sampling
 from tests.models import tiny_model
 
@@ -83,13 +84,18 @@ def generate(family: str, prompt: Sequence[int], count: int) -> tuple[list[int],
 
 @contextmanager
 def running(
-    loaded: LoadedModel, block_size: int, blocks: int, library: CDLL | None
+    loaded: LoadedModel,
+    block_size: int,
+    blocks: int,
+    library: CDLL | None,
+    turn: Turn | None = None,
+    pin: bool = False,
 ) -> Iterator[ModelRunner]:
     """A runner over a pool that is full of NaN: whatever is read before it is written shows."""
     layout = block_layout(block_size, loaded.dtype, loaded.shapes)
     pool = pool_view(torch.zeros((blocks, layout.span_bytes), dtype=torch.uint8), layout)
     pool.blocks.fill_(float("nan"))
-    runner = ModelRunner(loaded, pool, library)
+    runner = ModelRunner(loaded, pool, library, turn, pin)
     try:
         yield runner
     finally:

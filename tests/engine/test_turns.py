@@ -12,12 +12,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+from pdserve.engine.step import Row
 from pdserve.engine.tiles import tiles_work
 from pdserve.engine.turns import PATIENCE, PLACES, Turn, open_turn
 from pdserve.errors import ConfigError
-from tests.engine.model_world import kernel
+from tests.engine.model_world import kernel, running
+from tests.engine.test_fused import loaded
 
 pytestmark = pytest.mark.skipif(
     not tiles_work(kernel()), reason="this processor has neither AVX-512 nor AVX2, or has AMX"
@@ -189,3 +193,64 @@ def test_a_file_that_is_not_this_users_alone_is_refused(wrong: str, path: Path) 
         path.mkdir()
     with pytest.raises(ConfigError, match=str(path)):
         open_turn(SLICE_S, path)
+
+
+@pytest.mark.parametrize(("slice_s", "lets_in"), [(1e-9, True), (30.0, False)])
+def test_a_step_lets_others_in_between_its_layers(
+    slice_s: float, lets_in: bool, path: Path
+) -> None:
+    """Whoever waits gets a turn after each layer, once the slice is over; and changes nothing."""
+    model = loaded("llama, 3 heads of 32 under 1", "fused")
+    row = Row(list(range(5, 405)), 0, np.arange(32, dtype=np.int32))
+    own, other = open_turn(slice_s, path), open_turn(30.0, path)
+    own.struct.patience = other.struct.patience
+    stop = threading.Event()
+
+    def ask() -> None:
+        while not stop.is_set():
+            take(other)
+            give(other)
+
+    with running(model, 16, 32, kernel()) as runner:
+        expected = runner.logits([row])
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        with running(model, 16, 32, kernel(), own) as runner:
+            # Of some steps the other one sees the end before it has asked.
+            for _ in range(300 if lets_in else 20):
+                assert torch.equal(runner.logits([row]), expected)
+                if own.struct.given >= 3:
+                    break
+    finally:
+        stop.set()
+        asking.join()
+    assert own.forced == other.forced == 0
+    assert (own.struct.given >= 3) == lets_in
+    assert own.struct.given == 0 or lets_in
+    own.close()
+    other.close()
+
+
+def test_an_engines_threads_keep_to_a_core_each_and_nobody_elses() -> None:
+    cores = os.sched_getaffinity(0)
+    model = loaded("llama, 3 heads of 32 under 1", "fused")
+    threads = torch.get_num_threads()
+    seen: list[set[int]] = []
+
+    def engine(count: int) -> None:
+        torch.set_num_threads(count)
+        with running(model, 16, 32, kernel(), pin=True) as runner:
+            runner.begin()
+            seen.append(os.sched_getaffinity(0))
+
+    try:
+        for count in (len(cores), len(cores) + 1):
+            thread = threading.Thread(target=engine, args=(count,))
+            thread.start()
+            thread.join()
+    finally:
+        torch.set_num_threads(threads)
+    assert len(seen[0]) == 1
+    assert seen[1] == cores, "there is no core for each"
+    assert os.sched_getaffinity(0) == cores

@@ -124,6 +124,7 @@ class Pass {  // one thread's way through a step
     team_.rest(true);
     give_turn(*s_.turn);
     take_turn(*s_.turn);
+    ++s_.turn->given;
     team_.rest(false);
   }
 

@@ -48,7 +48,7 @@ void pdserve_paged_attention(const Layer* layer, const Step* step, const Call* c
 }
 
 // Bumped with every change of the structures that Python mirrors.
-int64_t pdserve_kernels_abi() { return 5; }
+int64_t pdserve_kernels_abi() { return 6; }
 
 // Whether the two functions below are there, and whether they take 8- and 4-bit weights.
 int64_t pdserve_has_tiles() { return HAS_TILES; }
@@ -96,6 +96,9 @@ void pdserve_decoder_step(const Decoder* decoder, const DecoderStep* step) {
             [&](Team& team, bool first) { Pass(*decoder, *step, team, first).run(); });
   if (step->turn != nullptr) give_turn(*step->turn);
 }
+
+// For the thread that will call pdserve_decoder_step.
+int64_t pdserve_keep_to_cores(int64_t threads) { return keep_to_cores(threads); }
 
 // For what else an engine computes on all cores.
 void pdserve_take_turn(Turn* turn) { take_turn(*turn); }

@@ -104,4 +104,31 @@ void with_team(int64_t threads, Body body) {
   body(alone, true);
 }
 
+// The calling thread's team: each thread keeps to a core of its own from now on, if there is one for
+// each. Two that the system puts on one core wait for each other at every stage, while the other core
+// idles. True if it was done.
+inline bool keep_to_cores(int64_t threads) {
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof(allowed), &allowed) != 0) return false;
+  if (CPU_COUNT(&allowed) != threads) return false;
+  int cores[CPU_SETSIZE];
+  for (int core = 0, found = 0; core < CPU_SETSIZE; ++core) {
+    if (CPU_ISSET(core, &allowed)) cores[found++] = core;
+  }
+  std::atomic<bool> done{true};
+  const auto keep = [&](int thread) {
+    cpu_set_t own;
+    CPU_ZERO(&own);
+    CPU_SET(cores[thread], &own);
+    if (sched_setaffinity(0, sizeof(own), &own) != 0) done = false;
+  };
+#if defined(_OPENMP)
+#pragma omp parallel num_threads(static_cast<int>(threads))
+  keep(omp_get_thread_num());
+#else
+  keep(0);
+#endif
+  return done;
+}
+
 }  // namespace

@@ -38,6 +38,7 @@ struct Turn {  // one engine's; mirrored in turns.py
   int64_t began;     // ns, of the present turn
   int64_t waited;    // ns, all in all
   int64_t forced;    // turns that were taken without being given
+  int64_t given;     // times that others were let in within a step
 };
 
 inline int64_t now_ns() {
