@@ -13,8 +13,9 @@ wherever its weights are not packed for our kernels (linear.py).
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable
-from ctypes import CDLL
+from ctypes import CDLL, Array, c_int32
 from typing import Any
 
 import torch
@@ -97,6 +98,7 @@ class _DecoderStep(ctypes.Structure):
         ("places", ctypes.c_void_p),
         ("logits", ctypes.c_void_p),
         ("turn", ctypes.c_void_p),
+        ("cores", ctypes.c_void_p),
     )
 
 
@@ -137,7 +139,7 @@ class FusedDecoder:
         model = loaded.model
         self._embed = model.model.embed_tokens
         self._rotary = model.model.rotary_emb
-        self._library = library
+        self._cores: Array[c_int32] | None = None
         self._function = library.pdserve_decoder_step
         # What enters a product: bfloat16 where the processor multiplies it, else float.
         self._input = torch.bfloat16 if library.pdserve_input_bytes() == 2 else torch.float32
@@ -167,10 +169,14 @@ class FusedDecoder:
         )
         self._model = model  # keeps the packed weights
 
-    def keep_to_cores(self) -> bool:
-        """This thread, and those that help it, keep to a core each; False: not so many cores."""
-        threads = ctypes.c_int64(torch.get_num_threads())
-        return bool(self._library.pdserve_keep_to_cores(threads))
+    def keep_to_cores(self) -> None:
+        """The thread that computes from now on, this one, and its helpers keep to a core each.
+
+        Where there is not exactly one for each the system goes on to choose.
+        """
+        cores = sorted(os.sched_getaffinity(0))
+        if len(cores) == torch.get_num_threads():
+            self._cores = (c_int32 * len(cores))(*cores)
 
     def forward(
         self, plan: StepPlan, places: torch.Tensor, launching: Callable[[], None] = nothing
@@ -211,6 +217,7 @@ class FusedDecoder:
             places=places.data_ptr(),
             logits=logits.data_ptr(),
             turn=None if self._turn is None else ctypes.addressof(self._turn.struct),
+            cores=None if self._cores is None else ctypes.addressof(self._cores),
         )
         launching()
         self._function(ctypes.byref(self._decoder), ctypes.byref(call))

@@ -219,7 +219,6 @@ def load_native(cache_dir: Path, more_flags: tuple[str, ...] = ()) -> NativeLoad
     library.pdserve_has_tiles.restype = ctypes.c_int64
     if library.pdserve_has_tiles():
         library.pdserve_input_bytes.restype = ctypes.c_int64
-        library.pdserve_keep_to_cores.restype = ctypes.c_int64
     found = library.pdserve_kernels_abi()
     assert found == ABI, f"{SOURCE.name} has ABI {found}, native.py expects {ABI}"
     return NativeLoad(library, "")

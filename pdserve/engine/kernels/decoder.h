@@ -50,6 +50,7 @@ struct DecoderStep {
   const int64_t* places;  // [wanted] of the line
   float* logits;          // [wanted, vocabulary]
   Turn* turn;             // null: nobody shares the cores
+  const int32_t* cores;   // [threads], null: the system chooses
 };
 
 constexpr int64_t BLOCK_ROWS = 224 / sizeof(Input);  // whose inputs stay in the second cache

@@ -72,7 +72,7 @@ void pdserve_linear(const Linear* linear, const uint16_t* x, uint16_t* out, int6
   for (int64_t i = 0; i < rows * k; ++i) wide[i] = load(Bf16{x[i]});
   const Input* a = wide.data();
 #endif
-  with_team(threads, [&](Team& team, bool) {
+  with_team(threads, nullptr, [&](Team& team, bool) {
     int64_t stage = 0;
     GroupScratch scratch;
     team.share(stage, cut.pieces(), [&](int64_t piece) {
@@ -92,13 +92,10 @@ void pdserve_linear(const Linear* linear, const uint16_t* x, uint16_t* out, int6
 
 void pdserve_decoder_step(const Decoder* decoder, const DecoderStep* step) {
   if (step->turn != nullptr) take_turn(*step->turn);
-  with_team(step->step.threads,
+  with_team(step->step.threads, step->cores,
             [&](Team& team, bool first) { Pass(*decoder, *step, team, first).run(); });
   if (step->turn != nullptr) give_turn(*step->turn);
 }
-
-// For the thread that will call pdserve_decoder_step.
-int64_t pdserve_keep_to_cores(int64_t threads) { return keep_to_cores(threads); }
 
 // For what else an engine computes on all cores.
 void pdserve_take_turn(Turn* turn) { take_turn(*turn); }

@@ -84,9 +84,23 @@ class Team {
   static_assert(sizeof(std::atomic<uint32_t>) == sizeof(uint32_t));
 };
 
-// Runs body(team, first) on ``threads`` threads, of which one is the first.
+// The calling thread keeps to one core from now on. Two threads that the system puts on one core wait
+// for each other at every stage, while the other core idles. Asked in every step: the OpenMP runtime
+// ends helpers and starts new ones, which begin where the first thread is kept.
+inline void keep_to(int32_t core) {
+  static thread_local int32_t kept = -1;
+  if (kept == core) return;
+  cpu_set_t own;
+  CPU_ZERO(&own);
+  CPU_SET(core, &own);
+  sched_setaffinity(0, sizeof(own), &own);  // refused: the system goes on to choose
+  kept = core;
+}
+
+// Runs body(team, first) on ``threads`` threads, of which one is the first; ``cores``: one for each
+// of them, or null.
 template <class Body>
-void with_team(int64_t threads, Body body) {
+void with_team(int64_t threads, const int32_t* cores, Body body) {
 #if defined(_OPENMP)
   if (threads > 1) {
     Team* team = nullptr;
@@ -94,7 +108,9 @@ void with_team(int64_t threads, Body body) {
     {
 #pragma omp single
       team = new Team(omp_get_num_threads());
-      body(*team, omp_get_thread_num() == 0);
+      const int thread = omp_get_thread_num();
+      if (cores != nullptr) keep_to(cores[thread]);
+      body(*team, thread == 0);
     }
     delete team;
     return;
@@ -102,33 +118,6 @@ void with_team(int64_t threads, Body body) {
 #endif
   Team alone(1);
   body(alone, true);
-}
-
-// The calling thread's team: each thread keeps to a core of its own from now on, if there is one for
-// each. Two that the system puts on one core wait for each other at every stage, while the other core
-// idles. True if it was done.
-inline bool keep_to_cores(int64_t threads) {
-  cpu_set_t allowed;
-  if (sched_getaffinity(0, sizeof(allowed), &allowed) != 0) return false;
-  if (CPU_COUNT(&allowed) != threads) return false;
-  int cores[CPU_SETSIZE];
-  for (int core = 0, found = 0; core < CPU_SETSIZE; ++core) {
-    if (CPU_ISSET(core, &allowed)) cores[found++] = core;
-  }
-  std::atomic<bool> done{true};
-  const auto keep = [&](int thread) {
-    cpu_set_t own;
-    CPU_ZERO(&own);
-    CPU_SET(cores[thread], &own);
-    if (sched_setaffinity(0, sizeof(own), &own) != 0) done = false;
-  };
-#if defined(_OPENMP)
-#pragma omp parallel num_threads(static_cast<int>(threads))
-  keep(omp_get_thread_num());
-#else
-  keep(0);
-#endif
-  return done;
 }
 
 }  // namespace
