@@ -73,6 +73,11 @@ class Turn:
         """How often nobody gave the turn in time, and it was taken."""
         return int(self.struct.forced)
 
+    @property
+    def given(self) -> int:
+        """How often others were let in within a step."""
+        return int(self.struct.given)
+
     def close(self) -> None:
         self.struct.turns = None
         del self._memory

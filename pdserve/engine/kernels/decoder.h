@@ -5,6 +5,8 @@
 // stream of T tokens stays float; what enters a product is what the processor multiplies (vectors.h).
 #pragma once
 
+#include <type_traits>
+
 #include "flash.h"
 #include "linear.h"
 

@@ -6,7 +6,8 @@
 // decode step is shorter than that, so streams stand still for a slice at most.
 //
 // A turn is a matter of speed alone: whoever waited ``patience`` computes all the same, so an engine
-// that was stopped or killed in its turn delays the others once. turns.py gives out the places.
+// that was stopped or killed in its turn, or while it waited for one, delays the others for at most
+// twice that, once. turns.py gives out the places.
 #pragma once
 
 #include <linux/futex.h>
@@ -14,6 +15,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <climits>
 #include <cstdint>
@@ -38,7 +40,7 @@ struct Turn {  // one engine's; mirrored in turns.py
   int64_t began;     // ns, of the present turn
   int64_t waited;    // ns, all in all
   int64_t forced;    // turns that were taken without being given
-  int64_t given;     // times that others were let in within a step
+  int64_t given;     // how often others were let in within a step
 };
 
 inline int64_t now_ns() {

@@ -220,14 +220,14 @@ def test_a_step_lets_others_in_between_its_layers(
             # Of some steps the other one sees the end before it has asked.
             for _ in range(300 if lets_in else 20):
                 assert torch.equal(runner.logits([row]), expected)
-                if own.struct.given >= 3:
+                if own.given >= 3:
                     break
     finally:
         stop.set()
         asking.join()
     assert own.forced == other.forced == 0
-    assert (own.struct.given >= 3) == lets_in
-    assert own.struct.given == 0 or lets_in
+    assert (own.given >= 3) == lets_in
+    assert own.given == 0 or lets_in
     own.close()
     other.close()
 
