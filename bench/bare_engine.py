@@ -85,7 +85,7 @@ class BareEngine:
 
     def close(self) -> None:
         self.built.engine.stop()
-        self.built.memory.close()
+        self.built.close()
 
     def _sink(self, events: Sequence[api.Event]) -> None:
         now = time.perf_counter()

@@ -20,7 +20,7 @@ def starting_up() -> Iterator[None]:
     gc.disable()
     try:
         yield
-    finally:
         gc.collect()  # what is garbage by now would stay for ever
         gc.freeze()
+    finally:
         gc.enable()

@@ -121,15 +121,17 @@ class EngineConfig:
         choices=("auto", "native", "gather"),
     )
     pin_threads: bool = opt(
-        True, "A CPU worker that has a thread for each core keeps each to one of them."
+        True,
+        "A CPU worker that has a thread for each core keeps each to one of them (models whose "
+        "layers run fused).",
     )
     turn_ms: float = opt(
         100.0,
-        "Where several CPU workers each use all cores of a host: how long one computes on while "
-        "another waits, so that streams stand still for so long at most. 0 leaves it to the "
-        "system, which has them compute at once.",
+        "Where several CPU workers each use the same cores: how long one computes on while "
+        "another waits, to the end of a layer. 0 leaves it to the system, which has them compute "
+        "at once.",
         low=0,
-        high=10_000,
+        high=1000,
     )
 
 

@@ -47,11 +47,17 @@ from pdserve.types import Incarnation, ModelFacts, Numerics
 @dataclass(frozen=True, slots=True)
 class BuiltEngine:
     engine: Engine  # not started
-    memory: PoolMemory  # closed by whoever closes the engine
-    turn: Turn | None  # likewise, after the engine stopped; None: computes whenever it has to
+    memory: PoolMemory
+    turn: Turn | None  # None: computes whenever it has to
     layout: BlockLayout
     facts: ModelFacts
     notes: tuple[str, ...]  # what was chosen and why, a line each, for the log
+
+    def close(self) -> None:
+        """After the engine stopped: gives back what it computed in."""
+        self.memory.close()
+        if self.turn is not None:
+            self.turn.close()
 
 
 def build_engine(
@@ -94,7 +100,7 @@ def build_engine(
     inputs = _sizing_inputs(free, share, loaded, where)
     size = size_pool(inputs, layout, config.engine, pool_blocks or config.engine.pool_blocks)
     memory = _allocate(size.blocks, layout, incarnation, where)
-    turn, turn_note = _turn(config, where, share.workers, why_not_fused(loaded))
+    turn, turn_note = _turn(config, where, why_not_fused(loaded))
     runner = ModelRunner(
         loaded, pool_view(memory.blocks, layout), library, turn, config.engine.pin_threads
     )
@@ -214,24 +220,28 @@ def _pool_notes(size: PoolSize, loaded: LoadedModel) -> tuple[str, ...]:
     )
 
 
-def _turn(
-    config: Config, device: torch.device, workers_on_host: int, not_fused: str
-) -> tuple[Turn | None, str]:
-    """A place among this host's engines, where each of them uses all cores; and what to say of it.
+def _turn(config: Config, device: torch.device, not_fused: str) -> tuple[Turn | None, str]:
+    """A place among the engines that use all of these cores, and what to say of it.
 
-    Only fused layers can let another engine in, so only they take turns.
+    Only fused layers can let another engine in, so only they take turns. One that is alone has
+    every turn at once.
     """
     slice_s = config.engine.turn_ms / 1000
-    alone = device.type != "cpu" or workers_on_host <= 1
-    if alone or torch.get_num_threads() < len(os.sched_getaffinity(0)):
-        return None, "cores: not shared with another worker"
-    if not slice_s or not_fused:
-        reason = f"layer by layer: {not_fused}" if not_fused else "engine.turn_ms is 0"
-        return None, f"cores: shared with the host's other workers as the system likes ({reason})"
-    try:
-        return open_turn(slice_s), f"cores: taken in turns of {config.engine.turn_ms:g} ms"
-    except ConfigError as error:
-        return None, f"cores: shared with the host's other workers as the system likes ({error})"
+    threads, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
+    if device.type != "cpu":
+        reason = f"it computes on {device}"
+    elif threads < cores:
+        reason = f"it has {threads} threads on {cores} cores"
+    elif not slice_s:
+        reason = "engine.turn_ms is 0"
+    elif not_fused:
+        reason = f"its layers run one by one: {not_fused}"
+    else:
+        try:
+            return open_turn(slice_s), f"turns: of {config.engine.turn_ms:g} ms"
+        except ConfigError as error:
+            reason = str(error)
+    return None, f"turns: none, because {reason}"
 
 
 def _thread_notes(device: torch.device, workers_on_host: int) -> tuple[str, ...]:

@@ -1,10 +1,9 @@
 """The engine's thread: commands in, one step, events out, again.
 
-Each turn: drain the inbox, fail what is overdue, plan, compute, apply. All that happened since the
-last step (its tokens, events of commands and of planning) is sunk in one call, at the moment in
-which the next step is ready to compute: whoever is told works while it computes. Told earlier, he
-would take the interpreter from this thread, which then stands still between two steps. When there
-is nothing to compute it is sunk at once, and the thread sleeps until a command or a deadline comes.
+Each turn: drain the inbox, fail what is overdue, plan, compute, apply. Events of commands and of
+planning are sunk before the step (a tier read or a grant runs while the step computes), all that
+the step made is sunk after it in one call. Without rows to compute the thread sleeps until a
+command or a deadline comes.
 
     NEW --start--> SERVING --stop--> STOPPED          every sequence that lives is Failed(Draining)
                    SERVING --bug---> BROKEN --stop--> STOPPED
@@ -43,7 +42,7 @@ from pdserve.engine.api import (
 from pdserve.engine.board import computing_failed
 from pdserve.engine.limits import Limits
 from pdserve.engine.scheduler import Plan, Scheduler, Work
-from pdserve.engine.step import RowResult, Runner, nothing
+from pdserve.engine.step import RowResult, Runner
 from pdserve.errors import Draining, InternalError, PdserveError
 from pdserve.faults import Step, board
 
@@ -165,12 +164,12 @@ class Engine:
         self._scheduler.expire(self._clock())
         plan = self._scheduler.plan()
         if plan.work:
+            self._flush()
+            board.hit(Step.ENGINE_STEP)
             self._step(plan)
         self._more = bool(plan.work) or plan.preempted
         self._latest = self._scheduler.snapshot(self._steps, check=False)
-        # Else the next turn, which comes at once, does it before its step.
-        if not (self._more and wait):
-            self._flush()
+        self._flush()
         return True
 
     def _take_commands(self, wait: bool) -> list[Command] | None:
@@ -217,23 +216,11 @@ class Engine:
         started = self._clock()
         results: Sequence[RowResult | PdserveError] = ()
         failed: Exception | None = None
-        broken: Exception | None = None
-
-        def launching() -> None:
-            nonlocal broken
-            try:
-                self._flush()
-                board.hit(Step.ENGINE_STEP)
-            except Exception as error:  # no fault of the step, inside of which this runs
-                broken = error
-
         try:
-            results = self._compute(plan.work, launching)
+            results = self._compute(plan.work)
         except Exception as error:
             log.exception("a step of %d rows failed", len(plan.work))
             failed = error.with_traceback(None)  # which holds the step's tensors; it is in the log
-        if broken is not None:
-            raise broken
         if failed is not None:
             # A device on which nothing runs any more is no row's fault, and raises here.
             self._runner.finish()
@@ -241,10 +228,8 @@ class Engine:
         self._steps += 1
         self._scheduler.apply(plan, results, started, self._clock())
 
-    def _compute(
-        self, work: Sequence[Work], launching: Callable[[], None] = nothing
-    ) -> list[RowResult]:
-        results = self._runner.step([each.row for each in work], launching)
+    def _compute(self, work: Sequence[Work]) -> list[RowResult]:
+        results = self._runner.step([each.row for each in work])
         if len(results) != len(work):
             raise InternalError(f"the runner answered {len(results)} of {len(work)} rows")
         for each in work:

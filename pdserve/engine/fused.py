@@ -13,8 +13,9 @@ wherever its weights are not packed for our kernels (linear.py).
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
-from collections.abc import Callable
+import time
 from ctypes import CDLL, Array, c_int32
 from typing import Any
 
@@ -26,9 +27,10 @@ from pdserve.engine.native import Layer, NativeStep, Step, native_layer
 from pdserve.engine.plan import StepPlan
 from pdserve.engine.pool_view import PoolView
 from pdserve.engine.quantized_linear import QuantizedLinear
-from pdserve.engine.step import nothing
 from pdserve.engine.tiles import PANEL, Linear, TiledLinear
 from pdserve.engine.turns import Turn
+
+log = logging.getLogger(__name__)
 
 # Norm, attention with rotated queries and keys, norm, gated SiLU; nothing else in between.
 FAMILIES = (
@@ -38,6 +40,7 @@ FAMILIES = (
     transformers.Qwen3ForCausalLM,
 )
 LARGEST_HEAD = 256
+TELL_EVERY_S = 60.0
 _PACKED = TiledLinear | QuantizedLinear
 # Rotations that depend on more than a token's position.
 _CHANGING_ROPE = ("dynamic", "longrope")
@@ -144,6 +147,7 @@ class FusedDecoder:
         # What enters a product: bfloat16 where the processor multiplies it, else float.
         self._input = torch.bfloat16 if library.pdserve_input_bytes() == 2 else torch.float32
         self._turn = turn  # taken for each step
+        self._forced, self._tell_again = 0, 0.0
         self._pool = pool  # keeps the memory alive that the kernel is given
         self._kept: list[torch.Tensor] = []  # and the norms in float
         first, shape = model.model.layers[0], loaded.layers[0].shape
@@ -170,7 +174,7 @@ class FusedDecoder:
         self._model = model  # keeps the packed weights
 
     def keep_to_cores(self) -> None:
-        """The thread that computes from now on, this one, and its helpers keep to a core each.
+        """From now on the threads of a step keep to a core each; the calling one computes them.
 
         Where there is not exactly one for each the system goes on to choose.
         """
@@ -178,13 +182,8 @@ class FusedDecoder:
         if len(cores) == torch.get_num_threads():
             self._cores = (c_int32 * len(cores))(*cores)
 
-    def forward(
-        self, plan: StepPlan, places: torch.Tensor, launching: Callable[[], None] = nothing
-    ) -> torch.Tensor:
-        """Float logits [len(places), vocabulary] at those places of the line; writes the KV.
-
-        ``launching``: see step.py.
-        """
+    def forward(self, plan: StepPlan, places: torch.Tensor) -> torch.Tensor:
+        """Float logits [len(places), vocabulary] at those places of the line; writes the KV."""
         count = plan.size
         assert len(places) <= count, "the kernel has room for one row a token"
         tokens, positions = torch.from_numpy(plan.tokens), torch.from_numpy(plan.positions)
@@ -219,9 +218,18 @@ class FusedDecoder:
             turn=None if self._turn is None else ctypes.addressof(self._turn.struct),
             cores=None if self._cores is None else ctypes.addressof(self._cores),
         )
-        launching()
         self._function(ctypes.byref(self._decoder), ctypes.byref(call))
+        if self._turn is not None and self._turn.forced > self._forced:
+            self._tell_of_forced(self._turn)
         return logits
+
+    def _tell_of_forced(self, turn: Turn) -> None:
+        """At most once in a while: an engine that is stuck in its turn costs speed, no more."""
+        now = time.monotonic()
+        if now >= self._tell_again:
+            count = turn.forced - self._forced
+            log.warning("computed out of turn %d times: another engine holds the cores", count)
+            self._forced, self._tell_again = turn.forced, now + TELL_EVERY_S
 
     def _rotation(
         self, like: torch.Tensor, positions: torch.Tensor

@@ -6,7 +6,7 @@ by the step's plan. Logits are computed only where something reads them, and sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from ctypes import CDLL
 from typing import Any
 
@@ -20,7 +20,7 @@ from pdserve.engine.model import LoadedModel
 from pdserve.engine.plan import StepPlan, plan_step, wanted_logits
 from pdserve.engine.pool_view import PoolView
 from pdserve.engine.sampler import TokenSampler
-from pdserve.engine.step import Row, RowResult, SamplerState, nothing
+from pdserve.engine.step import Row, RowResult, SamplerState
 from pdserve.engine.triton_layer import TritonKernels
 from pdserve.engine.turns import Turn
 from pdserve.types import Sampling, TokenLogprob, TokenOut
@@ -85,11 +85,11 @@ class ModelRunner:
         self._pool.zero_tail(block, used_tokens)
 
     @torch.inference_mode()
-    def step(self, rows: Sequence[Row], launching: Callable[[], None] = nothing) -> list[RowResult]:
+    def step(self, rows: Sequence[Row]) -> list[RowResult]:
         plan = plan_step(rows, self._pool.layout.block_size, self._attention.short_limit)
         wanted, counts = wanted_logits(rows, plan)
         places = torch.from_numpy(wanted)
-        logits = self._forward(plan, places, launching)
+        logits = self._forward(plan, places)
         states = [row.sampler for row in rows if row.sampler is not None]
         sampled = iter(self._sample(logits, states))
         parts = iter(torch.split(logits[len(states) :], list(counts[1:])) if counts[1:] else ())
@@ -128,14 +128,11 @@ class ModelRunner:
         assert row.prompt_logprobs is not None
         return self._sampler.prompt_logprobs(logits, row.targets, row.prompt_logprobs)
 
-    def _forward(
-        self, plan: StepPlan, places: torch.Tensor, launching: Callable[[], None] = nothing
-    ) -> torch.Tensor:
+    def _forward(self, plan: StepPlan, places: torch.Tensor) -> torch.Tensor:
         """Logits [len(places), vocabulary] at those places of the line."""
         loaded = self._loaded
         if self._fused is not None:
-            return self._fused.forward(plan, places, launching)
-        launching()
+            return self._fused.forward(plan, places)
         if self._graphs is not None and self._graphs.takes(plan, places):
             replayed = self._graphs.run(plan)
             if replayed is not None:

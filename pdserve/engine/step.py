@@ -8,7 +8,7 @@ is in the table's blocks already, and the row's own KV is written to them before
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,9 +16,6 @@ import numpy as np
 import numpy.typing as npt
 
 from pdserve.types import Sampling, TokenLogprob, TokenOut
-
-
-def nothing() -> None: ...
 
 
 class SamplerState(Protocol):
@@ -64,12 +61,8 @@ class Runner(Protocol):
         """State for a sequence with ``token_ids`` (prompt, then generated) so far."""
         ...
 
-    def step(self, rows: Sequence[Row], launching: Callable[[], None] = nothing) -> list[RowResult]:
-        """One forward pass over all rows. Does not call SamplerState.append.
-
-        ``launching`` is called once everything is prepared and only the model's own computation is
-        left, which needs neither the interpreter nor this thread's attention.
-        """
+    def step(self, rows: Sequence[Row]) -> list[RowResult]:
+        """One forward pass over all rows. Does not call SamplerState.append."""
         ...
 
     def zero_tail(self, block: int, used_tokens: int) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pdserve.engine.layout import BlockLayout, LayerShape, block_layout
-from pdserve.engine.step import Row, RowResult, SamplerState, nothing
+from pdserve.engine.step import Row, RowResult, SamplerState
 from pdserve.types import Sampling, TokenLogprob, TokenOut, TopLogprob
 
 if TYPE_CHECKING:  # torch comes with it
@@ -104,8 +104,7 @@ class SyntheticRunner:
     def begin(self) -> None:
         """Any thread will do."""
 
-    def step(self, rows: Sequence[Row], launching: Callable[[], None] = nothing) -> list[RowResult]:
-        launching()
+    def step(self, rows: Sequence[Row]) -> list[RowResult]:
         if self._seconds_per_token:
             time.sleep(self._seconds_per_token * sum(len(row.tokens) for row in rows))
         for row in rows:

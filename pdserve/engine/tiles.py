@@ -1,6 +1,6 @@
 """Linear layers whose bfloat16 weights lie packed for our own matrix kernel (kernels/tiles.h).
 
-    tiles_work(library)     asked once: are the kernels there, and do they compute what they should
+    tiles_work(library)     are the kernels there, and do they compute what they should
     TiledLinear(plain, library)      takes over a plain nn.Linear, keeps only the packed weights
 
 They serve both ways of running a model: transformers' layers call them one by one, the fused

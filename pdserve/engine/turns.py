@@ -4,9 +4,9 @@
     turn.struct                         for the kernels, which take and give the turn
     turn.close()                        the place is free; so it is when the process ends
 
-All engines of one user on one host share one small file in memory, whatever cluster they belong
-to: they share the cores. It stays when they are gone. A place is held by a lock of the open file,
-which dies with its holder, however that ends.
+All engines of one user that compute on the same cores, in slices of the same length, share one
+small file in memory, whatever cluster they belong to. It stays when they are gone. A place is held
+by a lock of the open file, which dies with its holder, however that ends.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import hashlib
 import mmap
 import os
 import stat
@@ -25,7 +26,7 @@ from pdserve.errors import ConfigError
 PLACES = 64  # mirrored in kernels/turns.h, like what follows
 _SIZE = 8 + 8 * PLACES
 _VERSION = 1  # of what lies in the file; another one is another file
-# Slices that somebody waits before he computes in spite of who holds the turn.
+# Slices that somebody waits, for each who is before him, until he computes in spite of them.
 PATIENCE = 5
 _LOCK = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, length, pid
 
@@ -94,7 +95,7 @@ class Turn:
 
 def open_turn(slice_s: float, path: Path | None = None) -> Turn:
     """ConfigError says why there is none: the engine then computes whenever it has to."""
-    path = path or Path(f"/dev/shm/pdserve-turns-{_VERSION}-{os.getuid()}")  # noqa: S108
+    path = path or _shared_path(slice_s)
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
@@ -103,18 +104,25 @@ def open_turn(slice_s: float, path: Path | None = None) -> Turn:
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
             raise ConfigError(f"{path} is not this user's alone")
-        if info.st_size < _SIZE:
-            os.ftruncate(fd, _SIZE)
+        # Takes the page as well: one that cannot be had must fail here and not when it is written.
+        os.posix_fallocate(fd, 0, _SIZE)
         place = _free_place(fd)
         if place is None:
             raise ConfigError(f"{path}: all {PLACES} places are taken")
         return Turn(fd, place, slice_s)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         os.close(fd)
-        raise ConfigError(f"{path}: {error.strerror}") from error
+        raise ConfigError(f"{path}: {error}") from error
     except BaseException:
         os.close(fd)
         raise
+
+
+def _shared_path(slice_s: float) -> Path:
+    """Those who share not the same cores have nothing to wait for."""
+    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+    shared = hashlib.sha256(f"{_VERSION} {slice_s} {cores}".encode()).hexdigest()[:12]
+    return Path(f"/dev/shm/pdserve-turns-{os.getuid()}-{shared}")  # noqa: S108
 
 
 def _free_place(fd: int) -> int | None:

@@ -158,9 +158,7 @@ class WorkerCore:
         self.built.engine.stop()
 
     def close_memory(self) -> None:
-        self.built.memory.close()
-        if self.built.turn is not None:
-            self.built.turn.close()
+        self.built.close()
 
     def _facts(self, address: str, ports: Ports) -> WorkerFacts:
         return WorkerFacts(

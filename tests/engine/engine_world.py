@@ -24,7 +24,7 @@ from pdserve.engine.api import (
 )
 from pdserve.engine.engine import Engine
 from pdserve.engine.memory import allocate_shared
-from pdserve.engine.step import Row, RowResult, nothing
+from pdserve.engine.step import Row, RowResult
 from pdserve.engine.synthetic import (
     SyntheticModel,
     SyntheticRunner,
@@ -55,18 +55,18 @@ class BrittleRunner(SyntheticRunner):
     chance: float = 0.0
     rng = random.Random(0)
 
-    def step(self, rows: Sequence[Row], launching: Callable[[], None] = nothing) -> list[RowResult]:
+    def step(self, rows: Sequence[Row]) -> list[RowResult]:
         if any(self.poison in row.tokens for row in rows):
             raise BrokenStep("poisoned row")
         if self.rng.random() < self.chance:
-            super().step(rows[: len(rows) // 2], launching)
+            super().step(rows[: len(rows) // 2])
             raise BrokenStep("bad luck")
         for row in rows:
             end = -(-(row.start + len(row.tokens)) // self._block_size)
             written = row.block_table[row.start // self._block_size : end]
             assert not any(self.shared(int(block)) for block in written)
         self.rows = list(rows)
-        return super().step(rows, launching)
+        return super().step(rows)
 
 
 @dataclass

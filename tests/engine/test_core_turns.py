@@ -10,12 +10,15 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from pdserve.config import Config
+from pdserve.engine.build import _turn
 from pdserve.engine.step import Row
 from pdserve.engine.tiles import tiles_work
 from pdserve.engine.turns import PATIENCE, PLACES, Turn, open_turn
@@ -256,7 +259,61 @@ def test_an_engines_threads_keep_to_a_core_each_and_nobody_elses() -> None:
     finally:
         torch.set_num_threads(threads)
     kept, unkept = seen
-    assert len(kept[0]) == 1
-    assert all({core} in kept for core in cores)
+    assert kept[0] == cores, "between steps the first thread may run anywhere"
+    assert all({core} in kept for core in sorted(cores)[1:])
     assert all(own == cores for own in unkept), "there is no core for each"
     assert os.sched_getaffinity(0) == cores
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "device", "not_fused", "threads", "why"),
+    [
+        ({}, torch.device("cuda:0"), "", 0, "computes on cuda:0"),
+        ({"turn_ms": 0.0}, CPU, "", 0, "turn_ms is 0"),
+        ({}, CPU, "it is Gemma", 0, "one by one: it is Gemma"),
+        ({}, CPU, "", -1, "threads on"),
+    ],
+)
+def test_who_takes_no_turns_says_why(
+    changes: dict[str, float], device: torch.device, not_fused: str, threads: int, why: str
+) -> None:
+    cores = len(os.sched_getaffinity(0))
+    if cores + threads < 1:
+        pytest.skip("there is one core")
+    config = replace(Config(), engine=replace(Config().engine, **changes))  # type: ignore[arg-type]
+    before = torch.get_num_threads()
+    torch.set_num_threads(cores + threads)
+    try:
+        turn, note = _turn(config, device, not_fused)
+    finally:
+        torch.set_num_threads(before)
+    assert turn is None
+    assert note.startswith("turns: none, because ")
+    assert why in note
+
+
+def test_engines_of_the_same_cores_and_slices_share_turns_and_others_do_not() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    longer = replace(Config(), engine=replace(Config().engine, turn_ms=77.0))
+    try:
+        found = [_turn(config, CPU, "")[0] for config in (Config(), Config(), longer)]
+    finally:
+        torch.set_num_threads(before)
+    one, other, apart = found
+    assert one is not None
+    assert other is not None
+    assert apart is not None
+    take(one)
+    began = time.monotonic()
+    take(apart)
+    assert time.monotonic() - began < 0.05, "they share nothing"
+    take(other)
+    assert time.monotonic() - began > 0.1
+    assert (other.forced, apart.forced) == (1, 0)
+    for turn in (one, other, apart):
+        give(turn)
+        turn.close()

@@ -23,7 +23,7 @@ from pdserve.engine.api import (
 )
 from pdserve.engine.engine import Engine
 from pdserve.engine.memory import PoolMemory, allocate_shared
-from pdserve.engine.step import Row, RowResult, nothing
+from pdserve.engine.step import Row, RowResult
 from pdserve.engine.synthetic import SyntheticRunner, expected_tokens, synthetic_layout
 from pdserve.errors import DeadlineExceeded, Draining, InternalError, PdserveError
 from pdserve.types import AttemptTokens, Incarnation, Sampling
@@ -125,8 +125,7 @@ class Device(SyntheticRunner):
         self.dead = False
         self.dies_after: int | None = None  # so many entries of the story
 
-    def step(self, rows: Sequence[Row], launching: Callable[[], None] = nothing) -> list[RowResult]:
-        launching()
+    def step(self, rows: Sequence[Row]) -> list[RowResult]:
         self.story.append(("step", len(self.listener.events)))
         self.dead = self.dies_after is not None and len(self.story) > self.dies_after
         if self.dead:

@@ -100,7 +100,7 @@ def test_prompts_together_and_again_from_the_cache(attention: str, tmp_path: Pat
             assert answers(events, [submit(built, p) for p in prompts]) == expected
     finally:
         built.engine.stop()
-        built.memory.close()
+        built.close()
 
 
 def test_what_was_built_is_said(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_what_was_built_is_said(tmp_path: Path) -> None:
     assert "probe: logits differ" in said
     assert "pool 10 blocks" in said
     assert "holds 160 tokens" in said
-    built.memory.close()
+    built.close()
 
 
 def test_threads_that_would_fight_for_the_cores_are_noticed(
@@ -130,7 +130,7 @@ def test_threads_that_would_fight_for_the_cores_are_noticed(
         monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
         built = build(queue.Queue(), tmp_path, pool_blocks=4, workers=many)
         assert any("OMP_WAIT_POLICY" in note for note in built.notes) is expected
-        built.memory.close()
+        built.close()
 
 
 def test_two_workers_agree_about_the_fingerprint(tmp_path: Path) -> None:
@@ -139,13 +139,13 @@ def test_two_workers_agree_about_the_fingerprint(tmp_path: Path) -> None:
     other = build(queue.Queue(), tmp_path, pool_blocks=4, block_size=8)
     assert other.facts.fingerprint != one.facts.fingerprint
     for built in (one, two, other):
-        built.memory.close()
+        built.close()
 
 
 def test_a_computed_pool_obeys_its_cap(tmp_path: Path) -> None:
     built = build(queue.Queue(), tmp_path, pool_blocks=0, pool_bytes_max=2**20)
     assert built.memory.num_blocks == 2**20 // built.layout.span_bytes
-    built.memory.close()
+    built.close()
 
 
 def test_a_pool_is_as_large_as_the_host_was_when_the_cluster_started(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_a_pool_is_as_large_as_the_host_was_when_the_cluster_started(tmp_path: P
         sizes.append(built.memory.num_blocks)
         span = built.layout.span_bytes
         assert any("as measured then" in note for note in built.notes)
-        built.memory.close()
+        built.close()
     assert sizes[0] == sizes[1]
     assert abs(sizes[0] - sizes[2] - 3 * 2**20 / span) <= 1
     assert (sizes[0] - 1) * span < 16 * 2**20

@@ -118,12 +118,12 @@ inline void fold_row(float* scores, int64_t seen, float scale, float& peak, floa
   for (int64_t i = 0; i < PARTS; ++i) {
     const Whole seen_by = lanes < static_cast<int32_t>(seen - LANES * i);
     part[i] = seen_by ? load(scores + LANES * i) * scale : all(NONE);
-    best = best > part[i] ? best : part[i];  // a NaN in ``part`` comes through
+    best = best > part[i] ? best : part[i];
   }
   const float top = largest_of(best);
   V sum = {};
   for (int64_t i = 0; i < PARTS; ++i) {
-    const V weight = part[i] != NONE ? exp_of(part[i] - top) : V{};
+    const V weight = part[i] != NONE ? exp_of(part[i] - top) : V{};  // NaN for a NaN
     sum += weight;
     put(weights + LANES * i, weight);
   }

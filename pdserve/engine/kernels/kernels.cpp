@@ -97,7 +97,7 @@ void pdserve_decoder_step(const Decoder* decoder, const DecoderStep* step) {
   if (step->turn != nullptr) give_turn(*step->turn);
 }
 
-// For what else an engine computes on all cores.
+// As the step above does it; for tests.
 void pdserve_take_turn(Turn* turn) { take_turn(*turn); }
 void pdserve_give_turn(Turn* turn) { give_turn(*turn); }
 

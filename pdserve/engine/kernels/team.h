@@ -84,18 +84,38 @@ class Team {
   static_assert(sizeof(std::atomic<uint32_t>) == sizeof(uint32_t));
 };
 
-// The calling thread keeps to one core from now on. Two threads that the system puts on one core wait
-// for each other at every stage, while the other core idles. Asked in every step: the OpenMP runtime
-// ends helpers and starts new ones, which begin where the first thread is kept.
+// A helper keeps to one core from its first step on. Two threads that the system puts on one core wait
+// for each other at every stage, while the other core idles.
 inline void keep_to(int32_t core) {
   static thread_local int32_t kept = -1;
   if (kept == core) return;
   cpu_set_t own;
   CPU_ZERO(&own);
   CPU_SET(core, &own);
-  sched_setaffinity(0, sizeof(own), &own);  // refused: the system goes on to choose
-  kept = core;
+  if (sched_setaffinity(0, sizeof(own), &own) == 0) kept = core;
 }
+
+// The first thread keeps to one core for a step alone: what it starts between steps, among that the
+// runtime's new helpers, has all cores.
+class KeptForNow {
+ public:
+  explicit KeptForNow(int32_t core) {
+    if (sched_getaffinity(0, sizeof(before_), &before_) != 0) return;
+    cpu_set_t own;
+    CPU_ZERO(&own);
+    CPU_SET(core, &own);
+    kept_ = sched_setaffinity(0, sizeof(own), &own) == 0;
+  }
+  ~KeptForNow() {
+    if (kept_) sched_setaffinity(0, sizeof(before_), &before_);
+  }
+  KeptForNow(const KeptForNow&) = delete;
+  KeptForNow& operator=(const KeptForNow&) = delete;
+
+ private:
+  cpu_set_t before_;
+  bool kept_ = false;
+};
 
 // Runs body(team, first) on ``threads`` threads, of which one is the first; ``cores``: one for each
 // of them, or null.
@@ -109,8 +129,13 @@ void with_team(int64_t threads, const int32_t* cores, Body body) {
 #pragma omp single
       team = new Team(omp_get_num_threads());
       const int thread = omp_get_thread_num();
-      if (cores != nullptr) keep_to(cores[thread]);
-      body(*team, thread == 0);
+      if (cores != nullptr && thread > 0) keep_to(cores[thread]);
+      if (cores != nullptr && thread == 0) {
+        const KeptForNow kept(cores[0]);
+        body(*team, true);
+      } else {
+        body(*team, thread == 0);
+      }
     }
     delete team;
     return;

@@ -2,12 +2,13 @@
 //
 // Two teams of threads on the same cores stop each other at every barrier, and a prompt of seconds
 // takes half of the cores from the streams beside it, or they from it. Here one engine computes at a
-// time, in the order of asking. Who has had its slice lets the next one in at the end of a layer; a
-// decode step is shorter than that, so streams stand still for a slice at most.
+// time, in the order of asking. Who has had its slice lets the next one in at the end of a layer. A
+// decode step is shorter than that, so beside one other engine streams stand still for a slice and a
+// layer at most.
 //
-// A turn is a matter of speed alone: whoever waited ``patience`` computes all the same, so an engine
-// that was stopped or killed in its turn, or while it waited for one, delays the others for at most
-// twice that, once. turns.py gives out the places.
+// A turn is a matter of speed alone: whoever waited ``patience`` for each that was before it computes
+// all the same. An engine that was stopped or killed in its turn, or while it waited for one, delays
+// the others by some of that, once. turns.py gives out the places.
 #pragma once
 
 #include <linux/futex.h>
@@ -49,16 +50,15 @@ inline int64_t now_ns() {
   return at.tv_sec * int64_t(1000000000) + at.tv_nsec;
 }
 
-// Whether somebody else waits, or waits longer than since ``before``. One who has waited for twice
-// the patience is not there any more.
-inline bool others_wait(const Turn& turn, int64_t now, int64_t before) {
+// How many others wait, and have since before ``before``. One who has waited for several times the
+// patience is not there any more.
+inline int64_t others_waiting(const Turn& turn, int64_t now, int64_t before) {
+  int64_t count = 0;
   for (int64_t place = 0; place < PLACES; ++place) {
     const int64_t since = turn.turns->since[place].load();
-    if (place != turn.place && since != 0 && since < before && now - since < 2 * turn.patience) {
-      return true;
-    }
+    count += place != turn.place && since != 0 && since < before && now - since < 4 * turn.patience;
   }
-  return false;
+  return count;
 }
 
 inline void wait_change(Turns& turns, uint32_t seen, int64_t most_ns) {
@@ -75,8 +75,9 @@ inline void take_turn(Turn& turn) {
   for (int64_t now = asked;; now = now_ns()) {
     const uint32_t seen = turns.changes.load();
     uint32_t nobody = 0;
-    if (!others_wait(turn, now, asked) && turns.owner.compare_exchange_strong(nobody, mine)) break;
-    const int64_t left = asked + turn.patience - now;
+    const int64_t ahead = others_waiting(turn, now, asked);
+    if (ahead == 0 && turns.owner.compare_exchange_strong(nobody, mine)) break;
+    const int64_t left = asked + turn.patience * (1 + ahead) - now;
     if (left <= 0) {
       turns.owner.store(mine);
       ++turn.forced;
@@ -94,7 +95,7 @@ inline void give_turn(Turn& turn) {
   Turns& turns = *turn.turns;
   uint32_t mine = static_cast<uint32_t>(turn.place + 1);
   turns.owner.compare_exchange_strong(mine, 0);  // unless somebody lost patience
-  if (!others_wait(turn, now_ns(), INT64_MAX)) return;
+  if (others_waiting(turn, now_ns(), INT64_MAX) == 0) return;
   turns.changes.fetch_add(1);
   syscall(SYS_futex, reinterpret_cast<uint32_t*>(&turns.changes), FUTEX_WAKE, INT_MAX, nullptr,
           nullptr, 0);
@@ -103,7 +104,7 @@ inline void give_turn(Turn& turn) {
 // Whether the turn has lasted long enough for those who wait.
 inline bool turn_is_over(const Turn& turn) {
   const int64_t now = now_ns();
-  return now - turn.began >= turn.slice && others_wait(turn, now, INT64_MAX);
+  return now - turn.began >= turn.slice && others_waiting(turn, now, INT64_MAX) > 0;
 }
 
 }  // namespace

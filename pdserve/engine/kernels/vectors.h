@@ -143,7 +143,7 @@ inline float sum_of(V x) {
 #endif
 }
 
-// NaN if ``from`` and the first lane that compares are; no lane is NaN otherwise.
+// Of lanes of which none is NaN.
 inline float largest_of(V x) {
 #if HAS_AVX512
   return _mm512_reduce_max_ps((__m512)x);
