@@ -24,12 +24,12 @@ static double used() {
 
 int main() {
   std::atomic<int64_t> sum{0};
-  with_team(4, [&](Team& team) {
+  with_team(4, nullptr, [&](Team& team, bool) {
     int64_t stage = 0;
     for (int n = 0; n < 3000; ++n) team.share(stage, 7, [&](int64_t i) { sum += i; });
   });
   const double before = used();
-  with_team(4, [&](Team& team) {
+  with_team(4, nullptr, [&](Team& team, bool) {
     int64_t stage = 0;
     for (int n = 0; n < 5; ++n) team.share(stage, 1, [&](int64_t) { usleep(200000); });
   });
