@@ -3,8 +3,9 @@
     with starting_up():  ...        what is made here is looked at once, at the end, and never again
 
 Libraries leave some hundred thousand objects that live as long as the process. A full collection
-looks at all of them, and every stream of the process stands still meanwhile. What is made afterwards is collected as ever. For entry points of processes alone:
-whoever starts and stops parts of ours in one process would keep their remains.
+looks at all of them, and every stream of the process stands still meanwhile. What is made
+afterwards is collected as ever. For entry points of processes alone: whoever starts and stops parts
+of ours in one process would keep their remains.
 """
 
 from __future__ import annotations

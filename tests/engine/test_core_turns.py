@@ -265,6 +265,54 @@ def test_an_engines_threads_keep_to_a_core_each_and_nobody_elses() -> None:
     assert os.sched_getaffinity(0) == cores
 
 
+def test_the_first_thread_keeps_to_one_core_while_it_computes() -> None:
+    cores = os.sched_getaffinity(0)
+    model = loaded("llama, 3 heads of 32 under 1", "fused")
+    row = Row(list(range(5, 405)), 0, np.arange(32, dtype=np.int32))
+    began, stop = threading.Event(), threading.Event()
+    threads = torch.get_num_threads()
+
+    def engine() -> None:
+        torch.set_num_threads(len(cores))
+        with running(model, 16, 32, kernel(), pin=True) as runner:
+            runner.begin()
+            began.set()
+            while not stop.is_set():
+                runner.logits([row])
+
+    thread = threading.Thread(target=engine)
+    thread.start()
+    began.wait(60)
+    seen: set[frozenset[int]] = set()
+    end = time.monotonic() + 30
+    while frozenset({min(cores)}) not in seen and time.monotonic() < end:
+        assert thread.native_id is not None
+        seen.add(frozenset(os.sched_getaffinity(thread.native_id)))
+    stop.set()
+    thread.join()
+    torch.set_num_threads(threads)
+    assert frozenset({min(cores)}) in seen
+    assert seen <= {frozenset({min(cores)}), frozenset(cores)}
+
+
+def test_who_computes_out_of_turn_says_so_once_in_a_while(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = loaded("llama, 3 heads of 32 under 1", "fused")
+    row = Row([7, 8, 9], 0, np.arange(1, dtype=np.int32))
+    own, stuck = open_turn(0.005, path), open_turn(0.005, path)
+    with running(model, 16, 32, kernel(), own) as runner:
+        for _ in range(3):
+            take(stuck)  # and keeps it
+            runner.logits([row])
+    assert own.forced >= 3
+    assert [each.message for each in caplog.records if "out of turn" in each.message] == [
+        "computed out of turn 1 times: another engine holds the cores"
+    ]
+    own.close()
+    stuck.close()
+
+
 CPU = torch.device("cpu")
 
 
