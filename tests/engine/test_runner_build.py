@@ -17,9 +17,11 @@ from pdserve.engine.api import Event, Failed, Job, SeqId, Submit, Tokens
 from pdserve.engine.build import BuiltEngine, build_engine
 from pdserve.engine.host_memory import HostShare, Memory
 from pdserve.engine.memory import MemoryKind
+from pdserve.engine.tiles import tiles_work
 from pdserve.errors import ConfigError, DoesNotFit
 from pdserve.types import AttemptTokens, Incarnation, Numerics, Sampling
-from tests.engine.model_world import family_folder, generate
+from tests.engine.model_world import family_folder, generate, kernel
+from tests.engine.test_fused import folder_of
 from tests.models import CONTEXT, VOCAB
 
 MAKER = KeyMaker(b"k" * 16)
@@ -34,6 +36,9 @@ def build(
     workers: int = 1,
     memory: Memory | None = None,
     tier_bytes: int = 0,
+    folder: Path | None = None,
+    numerics: str = "exact",
+    threads: int = 1,
     **engine: object,
 ) -> BuiltEngine:
     def sink(batch: Sequence[Event]) -> None:
@@ -42,15 +47,15 @@ def build(
 
     config = Config(
         model_cache=str(kernels),
-        model=ModelConfig(numerics="exact", dtype="float64"),
+        model=ModelConfig(numerics=numerics, dtype="float64" if numerics == "exact" else "auto"),
         engine=EngineConfig(prefill_chunk=32, **engine),  # type: ignore[arg-type]
     )
     return build_engine(
         config=config,
-        model_path=str(family_folder("qwen3")),
+        model_path=str(folder or family_folder("qwen3")),
         pool_blocks=pool_blocks,
         device="cpu",
-        threads=1,
+        threads=threads,
         incarnation=Incarnation(os.urandom(16)),
         hasher=MAKER.child,
         has_tiers=False,
@@ -119,6 +124,31 @@ def test_what_was_built_is_said(tmp_path: Path) -> None:
     assert "pool 10 blocks" in said
     assert "holds 160 tokens" in said
     built.close()
+
+
+@pytest.mark.skipif(not tiles_work(kernel()), reason="its layers are not fused here")
+def test_an_engine_that_uses_all_cores_takes_turns_and_keeps_its_helpers_to_cores(
+    tmp_path: Path,
+) -> None:
+    events: queue.Queue[Event] = queue.Queue()
+    threads, cores = torch.get_num_threads(), os.sched_getaffinity(0)
+    name = "llama, 6 heads of 64 under 2, tied"
+    before = set(os.listdir("/proc/self/task"))
+    built = build(events, tmp_path, folder=folder_of(name), numerics="fast", threads=0)
+    built.engine.start()
+    try:
+        assert built.turn is not None
+        assert "turns: of 100 ms" in built.notes
+        assert built.turn.struct.began == 0
+        assert len(answers(events, [submit(built, [7, 8, 9] * 20)])[0]) == COUNT
+        assert built.turn.struct.began > 0
+        started = set(os.listdir("/proc/self/task")) - before
+        kept = [os.sched_getaffinity(int(task)) for task in started]
+        assert all({core} in kept for core in sorted(cores)[1:])
+    finally:
+        built.engine.stop()
+        built.close()
+        torch.set_num_threads(threads)
 
 
 def test_threads_that_would_fight_for_the_cores_are_noticed(
