@@ -78,6 +78,7 @@ class _Session:
         self._services = services
         self._draining = draining
         self._outbox: list[worker_pb2.AttemptEvent] = []
+        self._in_hand = 0  # events of the message that is being sent: not known to be heard
         self._wake = asyncio.Event()
         self._closed = False
         self._heard = time.monotonic()
@@ -116,13 +117,16 @@ class _Session:
             self._wake.clear()
             if self._outbox:
                 events, self._outbox = self._outbox, []
+                self._in_hand = len(events)
                 yield worker_pb2.DecodeToRouter(incarnation=incarnation, events=events)
+                self._in_hand = 0
 
     def abandon(self) -> None:
         """Nobody hears what the attempts wrote and still write. May be called again."""
         self._close()
-        self._services.bridge.late(len(self._outbox))
+        self._services.bridge.late(len(self._outbox) + self._in_hand)
         self._outbox.clear()
+        self._in_hand = 0
         for attempt in list(self.attempts.values()):
             attempt.cancel(WorkerLost("the router's session ended"))
 

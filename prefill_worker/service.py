@@ -155,6 +155,7 @@ class _Attempt:
     def __init__(self, service: PrefillService, submit: api.Submit) -> None:
         self.inbox: asyncio.Queue[_Item] = asyncio.Queue()
         self._looked_at: _Item | None = None  # taken from the inbox; it is the next one
+        self._in_hand = 0  # of the engine's events: what it says is made, or on its way
         self._service = service
         blocks = -(-len(submit.tokens.token_ids) // service._facts().model.block_size)
         moves = submit.sampling.max_tokens - submit.tokens.generated > 1
@@ -183,6 +184,7 @@ class _Attempt:
     async def messages(self) -> AsyncIterator[kv_pb2.PrefillToDecode]:
         while True:
             for effect in await self._next_effects():
+                self._in_hand = int(isinstance(effect, SendStarted | SendOffers | SendFinished))
                 if isinstance(effect, SendStarted):
                     board.hit(Step.PREFILL_START)
                     yield kv_pb2.PrefillToDecode(started=kv_pb2.Started())
@@ -199,6 +201,7 @@ class _Attempt:
                     if effect.error is not None:
                         raise effect.error
                     return
+                self._in_hand = 0
 
     def give_back(self) -> None:
         """The stream ended in some way of its own: whatever is still held is released."""
@@ -209,9 +212,10 @@ class _Attempt:
     def read_out(self) -> int:
         """After the end: blocks that the peer denounced are forgotten all the same.
 
-        Returns how many of the engine's events lie here that nobody will hear of.
+        Returns how many of the engine's events lie here that nobody will hear of, or that were on
+        their way when the stream ended.
         """
-        unheard = 0
+        unheard, self._in_hand = self._in_hand, 0
         left = [] if self._looked_at is None else [self._looked_at]
         while not self.inbox.empty():
             left.append(self.inbox.get_nowait())

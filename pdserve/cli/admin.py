@@ -23,7 +23,7 @@ from pdserve.cluster.admin_access import AdminAccess, read_access
 from pdserve.cluster.run_dir import ADMIN_FILE, state_dir_of
 from pdserve.config_load import load_config
 from pdserve.errors import ConfigError
-from pdserve.rpc.channels import from_rpc_error, make_channel
+from pdserve.rpc.channels import ONE_CALL_S, from_rpc_error, make_channel
 from pdserve.rpc.convert import role_to_proto
 from pdserve.rpc.tls import internal_tls
 from pdserve.types import Role
@@ -68,7 +68,7 @@ Call = Callable[[Any], Awaitable[Message]]  # of a stub of the service
 
 
 async def _call(access: AdminAccess, call: Call) -> Message:
-    async with make_channel(access.address, access.identity) as channel:
+    async with make_channel(access.address, access.identity, connect_s=ONE_CALL_S) as channel:
         try:
             return await call(admin_pb2_grpc.AdminStub(channel))
         except grpc.aio.AioRpcError as error:

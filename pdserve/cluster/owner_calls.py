@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import grpc.aio
 
-from pdserve.rpc.channels import from_rpc_error, make_channel
+from pdserve.rpc.channels import ONE_CALL_S, from_rpc_error, make_channel
 from pdserve.rpc.identity import Identity
 from pdserve.types import Tier, WorkerFacts, WorkerId
 from pdserve.v1 import admin_pb2, admin_pb2_grpc, worker_pb2, worker_pb2_grpc
 
-CALL_S = 5.0
 # A tier's own bound, and a little more.
 FLUSH_S = 90.0
 
@@ -25,10 +24,10 @@ class OwnerCalls:
 
     async def in_flight(self) -> Mapping[WorkerId, int]:
         """The router's attempts on each worker."""
-        async with make_channel(self._router_address(), self._identity) as channel:
+        async with self._channel(self._router_address()) as channel:
             stub = worker_pb2_grpc.MembershipStub(channel)
             try:
-                answer = await stub.InFlight(worker_pb2.InFlightRequest(), timeout=CALL_S)
+                answer = await stub.InFlight(worker_pb2.InFlightRequest(), timeout=ONE_CALL_S)
             except grpc.aio.AioRpcError as error:
                 raise from_rpc_error(error) from error
         return {WorkerId(worker.id): worker.attempts for worker in answer.workers}
@@ -36,7 +35,7 @@ class OwnerCalls:
     async def flush(self, facts: WorkerFacts, tiers: Sequence[Tier]) -> Mapping[Tier, int]:
         """How many blocks left each tier that this worker has."""
         request = worker_pb2.FlushRequest(tiers=[tier.value for tier in tiers])
-        async with make_channel(facts.address, self._identity) as channel:
+        async with self._channel(facts.address) as channel:
             try:
                 answer = await worker_pb2_grpc.WorkerStub(channel).Flush(request, timeout=FLUSH_S)
             except grpc.aio.AioRpcError as error:
@@ -46,10 +45,14 @@ class OwnerCalls:
     async def set_log_level(self, facts: WorkerFacts | None, level: str) -> str:
         """Of a worker, or of the router (None); returns what it was."""
         address = self._router_address() if facts is None else facts.address
-        async with make_channel(address, self._identity) as channel:
+        async with self._channel(address) as channel:
             stub = admin_pb2_grpc.LoggingStub(channel)
             try:
-                answer = await stub.SetLevel(admin_pb2.SetLevelRequest(level=level), timeout=CALL_S)
+                request = admin_pb2.SetLevelRequest(level=level)
+                answer = await stub.SetLevel(request, timeout=ONE_CALL_S)
             except grpc.aio.AioRpcError as error:
                 raise from_rpc_error(error) from error
         return str(answer.before)
+
+    def _channel(self, address: str) -> grpc.aio.Channel:
+        return make_channel(address, self._identity, connect_s=ONE_CALL_S)

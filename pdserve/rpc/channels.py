@@ -21,6 +21,7 @@ from pdserve.rpc.status import ErrorsToStatus, abort_with, from_rpc_error
 from pdserve.rpc.tls import InternalTls
 
 __all__ = [
+    "ONE_CALL_S",
     "ErrorsToStatus",
     "abort_with",
     "bind",
@@ -32,6 +33,9 @@ __all__ = [
 MAX_MESSAGE_BYTES = 64 << 20
 PING_EVERY_MS = 10_000
 PING_TIMEOUT_MS = 5_000
+CONNECT_S = 1.0
+# A machine at its limit may take seconds to answer, and one call does not find another.
+ONE_CALL_S = 5.0
 
 # A caller holds a handful of streams, however many attempts they carry; a prefill worker has one
 # per attempt.
@@ -55,14 +59,23 @@ def _shared_options(max_message_bytes: int) -> Options:
 
 
 def make_channel(
-    address: str, identity: Identity, *, max_message_bytes: int = MAX_MESSAGE_BYTES
+    address: str,
+    identity: Identity,
+    *,
+    max_message_bytes: int = MAX_MESSAGE_BYTES,
+    connect_s: float = CONNECT_S,
 ) -> grpc.aio.Channel:
-    """A channel to ``host:port``. Connects lazily; call from the loop that will use it."""
+    """A channel to ``host:port``. Connects lazily; call from the loop that will use it.
+
+    ``connect_s`` bounds one try to connect, the peer's first words included: short where another
+    worker can be tried instead, as long as the call itself (ONE_CALL_S) where there is no other.
+    """
     options: Options = [
         *_shared_options(max_message_bytes),
         # A restarted worker is found again quickly; the default back-off grows to two minutes.
         ("grpc.initial_reconnect_backoff_ms", 200),
-        ("grpc.min_reconnect_backoff_ms", 1000),
+        # By its name a pause, in gRPC's core the least time that a try to connect is given, too.
+        ("grpc.min_reconnect_backoff_ms", int(1000 * connect_s)),
         ("grpc.max_reconnect_backoff_ms", 2000),
         # Peers are in the same cluster: a proxy of the environment never applies to them.
         ("grpc.enable_http_proxy", 0),

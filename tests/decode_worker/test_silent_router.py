@@ -19,7 +19,7 @@ SILENCE_S = 0.3
 
 
 def test_its_attempts_are_cancelled_while_a_message_to_it_is_stuck() -> None:
-    async def story() -> list[api.Command]:
+    async def story() -> tuple[list[api.Command], int]:
         posted: list[api.Command] = []
         bridge = EngineBridge()
         bridge.attach(asyncio.get_running_loop(), posted.append, None, None)
@@ -50,7 +50,8 @@ def test_its_attempts_are_cancelled_while_a_message_to_it_is_stuck() -> None:
         await asyncio.sleep(3 * SILENCE_S)
         found = list(posted)
         await session.aclose()
-        return found
+        return found, bridge.late_events
 
-    posted = asyncio.run(story())
+    posted, late = asyncio.run(story())
+    assert late == 1, "the message that was stuck"
     assert [type(command) for command in posted] == [api.Submit, api.Cancel]

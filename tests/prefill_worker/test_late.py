@@ -9,6 +9,7 @@ from hand_off_world import SEQ, HandOff
 from pdserve.engine import api
 from pdserve.errors import Cancelled
 from pdserve.types import TokenOut
+from pdserve.v1 import kv_pb2
 
 
 def test_events_of_a_hand_off_that_is_over_are_counted() -> None:
@@ -29,3 +30,22 @@ def test_events_of_a_hand_off_that_is_over_are_counted() -> None:
         return counts
 
     assert asyncio.run(story()) == [0, 1, 2]
+
+
+def test_blocks_that_were_still_being_offered_when_the_peer_left_are_counted() -> None:
+    async def story() -> list[int]:
+        counts = []
+        async with HandOff() as it:
+            assert await it.hear() == "accepted"
+            it.exporter.go_on.clear()
+            it.happens(api.Admitted(SEQ, 0), api.BlocksReady(SEQ, 0, (api.BlockId(3),), None))
+            assert await it.hear() == "started"
+            it.say(kv_pb2.DecodeToPrefill(grant=kv_pb2.Grant(block_indices=[0])))
+            await asyncio.sleep(0.1)
+            counts.append(it.bridge.late_events)
+            await it.hang_up()
+            counts.append(it.bridge.late_events)
+            it.exporter.go_on.set()
+        return counts
+
+    assert asyncio.run(story()) == [0, 1]

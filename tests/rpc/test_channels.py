@@ -293,6 +293,41 @@ def test_a_dead_address_is_a_lost_worker() -> None:
     asyncio.run(main())
 
 
+async def slowly(address: str, seconds: float) -> asyncio.Server:
+    """In front of ``address``: what is said both ways, after a silence as of a busy machine."""
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(1 << 16):
+            writer.write(data)
+        writer.close()
+
+    async def meet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(seconds)
+        host, port = address.split(":")
+        far_reader, far_writer = await asyncio.open_connection(host, int(port))
+        ends = (pump(reader, far_writer), pump(far_reader, writer))
+        await asyncio.gather(*ends, return_exceptions=True)
+
+    return await asyncio.start_server(meet, "127.0.0.1", 0)
+
+
+@pytest.mark.parametrize(("connect_s", "reached"), [(0.5, False), (channels.ONE_CALL_S, True)])
+def test_a_peer_that_is_slow_to_answer_is_waited_for_by_who_has_no_other(
+    connect_s: float, reached: bool
+) -> None:
+    async def story(service: Service, address: str) -> None:
+        async with await slowly(address, 1.5) as busy:
+            front = "{}:{}".format(*busy.sockets[0].getsockname())
+            async with channels.make_channel(front, ME, connect_s=connect_s) as channel:
+                if reached:
+                    assert await call(channel, UU) == ANSWERS[UU]
+                else:
+                    error = await error_of(channel.unary_unary(UU)(b"x", timeout=5))
+                    assert type(error) is WorkerLost
+
+    run(story)
+
+
 def test_a_port_in_use_fails_clearly() -> None:
     async def story(service: Service, address: str) -> None:
         second = channels.make_server(ME, policy=POLICY)
