@@ -229,6 +229,10 @@ class Load:
     late_events: int = 0  # of the engine, for attempts that were over: dropped
     # Returned to attempts that were over, or asked for after their blocks had gone to others.
     late_kv_reads: int = 0
+    # Among engines on the same cores (engine.turn_ms): what its steps waited for others, and how
+    # often nobody let it in and it computed all the same.
+    turn_wait_s: float = 0.0
+    turns_forced: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,6 +61,8 @@ def worker_object(view: WorkerView) -> dict[str, Any]:
         "degraded": load.degraded,
         "late_events": load.late_events,
         "late_kv_reads": load.late_kv_reads,
+        "turn_wait_s": load.turn_wait_s,
+        "turns_forced": load.turns_forced,
     }
 
 

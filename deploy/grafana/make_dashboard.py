@@ -175,6 +175,15 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 ),
                 "Sequences that gave up blocks; requests that went on on other workers.",
             ),
+            Panel(
+                "Turns on shared cores",
+                "short",
+                (
+                    (rate("engine_turn_wait_seconds_total", "engine"), "{{engine}} waits"),
+                    (rate("engine_turns_forced_total", "engine"), "{{engine}} forced"),
+                ),
+                "Seconds a second that steps wait for other engines; steps nobody let in.",
+            ),
         ),
     ),
     (

@@ -166,6 +166,8 @@ def heartbeat_to_proto(incarnation: Incarnation, load: Load) -> worker_pb2.Heart
         redis_reach=_REACH_TO[load.reach.redis],
         late_events=load.late_events,
         late_kv_reads=load.late_kv_reads,
+        turn_wait_s=load.turn_wait_s,
+        turns_forced=load.turns_forced,
     )
 
 
@@ -192,6 +194,8 @@ def heartbeat_from_proto(message: worker_pb2.Heartbeat) -> tuple[Incarnation, Lo
         ),
         late_events=message.late_events,
         late_kv_reads=message.late_kv_reads,
+        turn_wait_s=message.turn_wait_s,
+        turns_forced=message.turns_forced,
     )
 
 

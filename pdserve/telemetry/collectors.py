@@ -66,9 +66,25 @@ class WorkerCollector(Collector):
         )
         yield self._blocks(live)
         yield self._late(live)
+        yield self._counter(
+            "engine_turn_wait_seconds",
+            "What steps waited for other engines on the same cores (engine.turn_ms).",
+            {worker.facts.id: worker.load.turn_wait_s for worker in live},
+        )
+        yield self._counter(
+            "engine_turns_forced",
+            "Steps that began although no other engine on the same cores let them in.",
+            {worker.facts.id: worker.load.turns_forced for worker in live},
+        )
 
     def _gauge(self, name: str, text: str, values: Mapping[str, float]) -> Metric:
         family = GaugeMetricFamily(self._prefix + name, text, labels=("model_name", "engine"))
+        for engine, value in values.items():
+            family.add_metric((self._model, engine), value)
+        return family
+
+    def _counter(self, name: str, text: str, values: Mapping[str, float]) -> Metric:
+        family = CounterMetricFamily(self._prefix + name, text, labels=("model_name", "engine"))
         for engine, value in values.items():
             family.add_metric((self._model, engine), value)
         return family

@@ -126,6 +126,7 @@ class WorkerCore:
     def load(self) -> Load:
         counters = self.built.engine.snapshot()
         assert self._ports is not None
+        turn = self.built.turn
         return Load(
             running=counters.running,
             waiting=counters.waiting,
@@ -141,6 +142,8 @@ class WorkerCore:
             reach=self._ports.tier_reach(),
             late_events=self.bridge.late_events,
             late_kv_reads=self._late_kv_reads(),
+            turn_wait_s=turn.waited_s if turn is not None else 0.0,
+            turns_forced=turn.forced if turn is not None else 0,
         )
 
     def drain(self, drain_s: float, busy: Callable[[], bool]) -> None:

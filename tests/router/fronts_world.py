@@ -188,6 +188,8 @@ class ScriptedDispatcher:
             blocks_total=64,
             late_events=3,
             late_kv_reads=1,
+            turn_wait_s=0.5,
+            turns_forced=2,
         )
         return (WorkerView(facts, WorkerState.READY, load),)
 

@@ -334,6 +334,8 @@ def test_state_endpoints(world: World) -> None:
                 "degraded": "",
                 "late_events": 3,
                 "late_kv_reads": 1,
+                "turn_wait_s": 0.5,
+                "turns_forced": 2,
             }
         ]
     }

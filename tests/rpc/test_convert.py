@@ -109,6 +109,8 @@ loads = st.builds(
     reach=st.builds(TierReach, st.sampled_from(Reach), st.sampled_from(Reach)),
     late_events=u64,
     late_kv_reads=u64,
+    turn_wait_s=st.floats(0, 1e9),
+    turns_forced=u64,
 )
 usages = st.builds(
     Usage,

@@ -151,6 +151,8 @@ def test_workers_are_read_at_each_scrape(made: metrics.RouterMetrics) -> None:
                 blocks_total=16,
                 late_events=6,
                 late_kv_reads=7,
+                turn_wait_s=1.5,
+                turns_forced=8,
             ),
         )
     )
@@ -165,6 +167,8 @@ def test_workers_are_read_at_each_scrape(made: metrics.RouterMetrics) -> None:
     assert found["engine_degraded", "decode-0"] == 0
     assert found["worker_late_total", "decode-0", "event"] == 6
     assert found["worker_late_total", "decode-0", "kv_read"] == 7
+    assert found["engine_turn_wait_seconds_total", "decode-0"] == 1.5
+    assert found["engine_turns_forced_total", "decode-0"] == 8
     assert ("num_requests_running", "prefill-0") not in found
     views[0] = View(views[0].facts, WorkerState.READY, Load(degraded="redis unreachable"))
     assert scrape(made)["engine_degraded", "decode-0"] == 1
