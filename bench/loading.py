@@ -3,14 +3,15 @@
 Two checkpoints: the embedded model (0.27 GB, one file) and a generated one of several files, 8 GB
 or as much as 0.3 of the free memory. Every way has a process of its own that imported all it needs;
 they take turns. Cold: the files' pages are dropped before each turn; what the disk then really read
-is kept in the notes. A load ends when every weight lies in memory: mapped files are touched page by
-page.
+is kept in the notes. Mapped: packed weights that another load kept in a file. A load ends when
+every weight lies in memory: mapped files are touched page by page.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,11 +33,20 @@ HERE = Path(__file__).parent
 LARGE = 8_000_000_000
 SHARE_OF_MEMORY = 0.3
 SHARD = 1_000_000_000
-WAYS = ("ours", "ours, packed", "transformers", "load_file", "disk")
+MAPPED = "ours, mapped"
+WAYS = ("ours", "ours, packed", MAPPED, "transformers", "load_file", "disk")
+KEPT = default_cache() / "bench-weights"
 LAYER_BYTES = 436_207_616  # of such a layer, bfloat16
 
 
 def run() -> Record:
+    try:
+        return _run()
+    finally:
+        shutil.rmtree(KEPT, ignore_errors=True)
+
+
+def _run() -> Record:
     record = Record("loading")
     small = prepare_model(Config().model, default_cache(), lambda step: None).path
     _measure(record, "0.27 GB", small)
@@ -94,7 +104,7 @@ class _Loader:
 
     def __init__(self, way: str, folder: Path) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "bench.contenders.loader", way, str(folder)],
+            [sys.executable, "-m", "bench.contenders.loader", way, str(folder), str(KEPT)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -139,13 +149,16 @@ def _measure(record: Record, what: str, folder: Path) -> None:
     size = sum(file.stat().st_size for file in files)
     largest = max(file.stat().st_size for file in files)
     with _loaders(folder, WAYS) as loaders:
+        loaders[MAPPED].start()  # makes the file
+        loaders[MAPPED].end()
+        kept = _files(KEPT)
 
         def rate(way: str, cold: bool) -> Callable[[], float]:
             """GB/s of one load."""
 
             def load() -> float:
                 if cold:
-                    forget(files)
+                    forget([*files, *kept])
                 loaders[way].start()
                 return size / loaders[way].end()["seconds"] / 1e9
 
@@ -160,13 +173,16 @@ def _measure(record: Record, what: str, folder: Path) -> None:
             record.value(f"{what}, {state}: {way}", "GB/s", rates)
         for peer in ("transformers", "load_file"):
             goal = Goal(2.0) if state == "cold" else None
-            record.ratio(f"{what}, {state}: ours / {peer}", found["ours"], found[peer], goal)
-    for way in ("ours", "ours, packed"):
+            for way in ("ours", MAPPED):
+                record.ratio(f"{what}, {state}: {way} / {peer}", found[way], found[peer], goal)
+    for way in ("ours", "ours, packed", MAPPED):
         record.ratio(f"{what}, cold: {way} / disk", cold[way], cold["disk"], Goal(0.8))
         # The first turn also grew by what is loaded once and stays.
         peaks = [(turn["grown"] - turn["weights"]) / largest for turn in notes[way][1:]]
         name = f"{what}: most memory of {way}, beyond the weights"
         record.value(name, "of the largest file", peaks, Goal(1.0, at_least=False))
+        own = [turn["own"] / turn["weights"] for turn in notes[way][1:]]
+        record.value(f"{what}: memory of a worker's own, {way}", "of the weights", own)
 
 
 def _two_at_once(record: Record, what: str, folder: Path) -> None:

@@ -125,6 +125,11 @@ class EngineConfig:
         "A CPU worker that has a thread for each core keeps each to one of them (models whose "
         "layers run fused).",
     )
+    share_weights: bool = opt(
+        True,
+        "CPU workers of a host keep weights that were packed for the native kernels in one file "
+        "beside the models (model_cache), map it, and so hold one copy of them together.",
+    )
     turn_ms: float = opt(
         100.0,
         "Where several CPU workers each use the same cores: how long one computes on while "

@@ -1,7 +1,8 @@
-"""Loads a model folder again and again in one way: ``loader.py WAY FOLDER``, a turn for each line.
+"""Loads a model folder again and again in one way: ``loader.py WAY FOLDER KEPT``, a turn a line.
 
-Answers a line of JSON: seconds until every weight lies in memory and was touched once, by how much
-the process grew at most, what the weights take (bytes), and what the disk had to read for it.
+KEPT: a folder for files of packed weights. Answers a line of JSON: seconds until every weight lies
+in memory and was touched once, by how much the process grew at most, and in memory that nobody
+shares, what the weights take (bytes), and what the disk had to read for it.
 """
 
 from __future__ import annotations
@@ -23,28 +24,42 @@ from bench.disk import read_through
 from pdserve.engine.linear import LinearPacker, PackedLinear
 from pdserve.engine.load_weights import read_model
 from pdserve.engine.native import load_native
+from pdserve.engine.quantized import Quantization
 from pdserve.engine.resolve import default_cache
+from pdserve.engine.shared_weights import Recipe, Weighted, load_shared
 from pdserve.engine.tiles import TiledLinear
 
 CPU = torch.device("cpu")
 PAGE = 4096
 
 
-def main(way: str, folder: Path) -> None:
+def main(way: str, folder: Path, kept: Path) -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print goes elsewhere
-    load = ways(folder)[way]
+    load = ways(folder, kept)[way]
     print(json.dumps({"ready": way}), file=out, flush=True)
     for _ in sys.stdin:
         print(json.dumps(turn(load)), file=out, flush=True)
 
 
-def ways(folder: Path) -> dict[str, Callable[[], object]]:
+def ways(folder: Path, kept: Path) -> dict[str, Callable[[], object]]:
     library = load_native(default_cache() / "kernels").kernels
 
     def ours(packer: LinearPacker | None = None) -> object:
         config = transformers.AutoConfig.from_pretrained(folder)
         return read_model(folder, config, torch.bfloat16, CPU, packer).model
+
+    def mapped() -> object:
+        assert library is not None
+        config = transformers.AutoConfig.from_pretrained(folder)
+        recipe = Recipe(folder, config, torch.bfloat16, Quantization.NONE, library)
+
+        def make() -> Weighted:
+            return Weighted(ours(LinearPacker(library)), "of the bench", 0, "")
+
+        loaded = load_shared(kept, recipe, make)
+        assert str(kept) in loaded.note, loaded.note
+        return loaded.model
 
     def theirs() -> object:
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
@@ -60,6 +75,7 @@ def ways(folder: Path) -> dict[str, Callable[[], object]]:
     return {
         "ours": ours,
         "ours, packed": lambda: ours(LinearPacker(library)),
+        "ours, mapped": mapped,
         "transformers": theirs,
         "load_file": plain,
         "disk": lambda: read_through(sorted(folder.glob("*.safetensors"))),
@@ -76,16 +92,18 @@ def turn(load: Callable[[], object]) -> dict[str, float]:
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    before, read = kilobytes("VmRSS"), read_bytes()
+    before, own, read = kilobytes("VmRSS"), kilobytes("RssAnon"), read_bytes()
     began = time.perf_counter()
     loaded = load()
     took = time.perf_counter() - began
     grown, weights = kilobytes("VmHWM") - before, bytes_of(loaded)
+    own = kilobytes("RssAnon") - own
     del loaded
     from_disk = read_bytes() - read
     return {
         "seconds": took,
         "grown": 1024.0 * grown,
+        "own": 1024.0 * own,
         "weights": float(weights),
         "from_disk": float(from_disk),
     }
@@ -116,4 +134,4 @@ def read_bytes() -> int:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))

@@ -93,6 +93,7 @@ def build_engine(
         quantization=Quantization(config.model.quantization),
         max_model_len=config.model.max_model_len,
         library=library if isinstance(library, CDLL) else None,
+        shared=_shared_weights(config, share),
     )
     chosen = probe_or_gather(loaded, library, config.engine.attention == "native")
     library, report = chosen.kernels, chosen.report
@@ -177,6 +178,13 @@ def choose_kernel(
 def _kernel_cache(config: Config) -> Path:
     models = Path(config.model_cache).expanduser() if config.model_cache else default_cache()
     return models / "kernels"
+
+
+def _shared_weights(config: Config, share: HostShare) -> Path | None:
+    """A worker that is alone on its host has nobody to keep them for."""
+    if not config.engine.share_weights or share.workers == 1:
+        return None
+    return _kernel_cache(config).with_name("weights")
 
 
 def _device(name: str) -> torch.device:

@@ -58,6 +58,11 @@ class LinearPacker:
         self._onednn = onednn_packs()
         self.packed_bytes = 0
 
+    @property
+    def tiles(self) -> bool:
+        """Whether layers are packed for our own kernels."""
+        return self._library is not None
+
     @torch.no_grad()
     def replace(self, parent: nn.Module, name: str) -> None:
         """``parent``'s child, when it is one of those; its weights are let go."""

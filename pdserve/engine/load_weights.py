@@ -70,6 +70,33 @@ def _is_converted(path: Path, config: Any, shards: Sequence[Shard]) -> bool:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class EmptyModel:
+    """A model over tensors that nobody has written: they take no memory."""
+
+    model: Any
+    tensors: Mapping[str, torch.Tensor]  # that it was built over
+
+    def unfilled(self) -> list[str]:
+        """What the model still holds of them."""
+        unwritten = {tensor.data_ptr() for tensor in self.tensors.values()}
+        held = self.model.state_dict().items()
+        return [name for name, tensor in held if tensor.data_ptr() in unwritten]
+
+
+def empty_model(path: Path, config: Any, dtype: torch.dtype) -> EmptyModel | None:
+    """For weights that come from elsewhere; of the files the headers alone are read.
+
+    None: the model does not simply hold the files' tensors. OSError, ModelRefused.
+    """
+    shards = read_shards(path)
+    if _is_converted(path, config, shards):
+        return None
+    tensors = _empty([tensor for shard in shards for tensor in shard.tensors], dtype)
+    model = _build(path, config, dtype, tensors)
+    return None if _places(model, tensors) is None else EmptyModel(model, tensors)
+
+
 def _read_while_building(
     path: Path,
     config: Any,

@@ -1,6 +1,7 @@
 """Loading a model, and finding out everything about it that serving depends on.
 
-    load_model(...)  config checked -> weights read, packed or quantized -> traced -> LoadedModel
+    load_model(...)  config checked -> weights read, packed or quantized, or mapped where another
+                     worker did that (shared_weights.py) -> traced -> LoadedModel
 
 Only local folders, only safetensors, never code that comes with a model. The returned model runs
 only inside PagedAttention.step (attention.py).
@@ -28,6 +29,7 @@ from pdserve.engine.quantized import GROUP, Quantization
 from pdserve.engine.quantized_linear import QuantizedLayers, quantize_linears
 from pdserve.engine.quiet import first_line
 from pdserve.engine.refusal import check_config, context_length
+from pdserve.engine.shared_weights import Recipe, Weighted, load_shared
 from pdserve.errors import ConfigError, ModelRefused
 from pdserve.types import Numerics
 
@@ -69,8 +71,10 @@ def load_model(
     max_model_len: int = 0,
     pack: bool = True,
     library: CDLL | None = None,
+    shared: Path | None = None,
 ) -> LoadedModel:
     """``max_model_len`` 0 takes the model's own. ``library``: the native kernels, for packing.
+    ``shared``: a folder where workers of this host keep packed weights for each other.
 
     ModelRefused (with the reason), ConfigError.
     """
@@ -80,17 +84,18 @@ def load_model(
     packer = None
     if pack and numerics is Numerics.FAST and can_pack(TORCH_DTYPES[dtype], device, library):
         packer = LinearPacker(library)
-    plain = quantization is not Quantization.NONE
-    read = read_model(path, config, TORCH_DTYPES[dtype], device, None if plain else packer)
-    model, done = read.model, QuantizedLayers()
-    if plain:
-        done = _quantize(model, path, quantization, None if packer is None else library)
-        if packer is not None:
-            packer.replace_all(model)
+
+    def make() -> Weighted:
+        return _weighted(path, config, TORCH_DTYPES[dtype], device, quantization, packer, library)
+
+    if shared is not None and library is not None and packer is not None and packer.tiles:
+        recipe = Recipe(path, config, TORCH_DTYPES[dtype], quantization, library)
+        weighted = load_shared(shared, recipe, make)
+    else:
+        weighted = make()
+    model = weighted.model
     layers = trace_model(model, length)
     _set_implementation(model, attention.IMPLEMENTATION)
-    # Embeddings tied to the output layer stay beside its packed form.
-    packed_bytes = done.packed_bytes + (packer.packed_bytes if packer is not None else 0)
     return LoadedModel(
         model=model,
         layers=layers,
@@ -99,9 +104,9 @@ def load_model(
         device=device,
         max_model_len=length,
         vocab_size=_vocab_size(model, config),
-        weights_bytes=_bytes_of(model) + packed_bytes,
-        weights_note=_note(quantization, done),
-        identity=_identity(config, read.revision + done.revision, dtype, numerics, quantization),
+        weights_bytes=_bytes_of(model) + weighted.packed_bytes,
+        weights_note=weighted.note,
+        identity=_identity(config, weighted.revision, dtype, numerics, quantization),
         takes_positions="logits_to_keep" in inspect.signature(model.forward).parameters,
     )
 
@@ -132,6 +137,29 @@ def _model_length(config: Any, wanted: int) -> int:
             param="model.max_model_len",
         )
     return wanted or own
+
+
+def _weighted(
+    path: Path,
+    config: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: Quantization,
+    packer: LinearPacker | None,
+    library: CDLL | None,
+) -> Weighted:
+    """From the model's own files; packed by ``packer`` if there is one."""
+    plain = quantization is not Quantization.NONE
+    read = read_model(path, config, dtype, device, None if plain else packer)
+    done = QuantizedLayers()
+    if plain:
+        done = _quantize(read.model, path, quantization, None if packer is None else library)
+        if packer is not None:
+            packer.replace_all(read.model)
+    # Embeddings tied to the output layer stay beside its packed form.
+    packed_bytes = done.packed_bytes + (packer.packed_bytes if packer is not None else 0)
+    note = _note(quantization, done)
+    return Weighted(read.model, read.revision + done.revision, packed_bytes, note)
 
 
 def _quantize(

@@ -36,13 +36,38 @@ _PAIRS = GROUP // 2
 class QuantizedLinear(nn.Module):
     """A bfloat16 layer on the CPU; keeps nothing but packed codes, and the bias."""
 
-    def __init__(self, quantized: Quantized, bias: nn.Parameter | None, library: CDLL) -> None:
+    def __init__(
+        self,
+        packed: torch.Tensor,
+        bits: int,
+        shape: tuple[int, int],
+        bias: nn.Parameter | None,
+        library: CDLL,
+    ) -> None:
+        """``packed``: of ``pack_groups``. ``shape``: outputs, inputs."""
         super().__init__()
-        self.out_features, self.in_features = quantized.codes.shape
-        self.bits = quantized.bits
-        self.packed = pack_groups(quantized)
+        self.out_features, self.in_features = shape
+        self.bits = bits
+        self.packed = packed
         self.bias = bias
         self._library = library
+
+    @classmethod
+    def of(cls, quantized: Quantized, bias: nn.Parameter | None, library: CDLL) -> QuantizedLinear:
+        n, k = quantized.codes.shape
+        return cls(pack_groups(quantized), quantized.bits, (n, k), bias, library)
+
+    @classmethod
+    def over(
+        cls, packed: torch.Tensor, bits: int, plain: nn.Linear, library: CDLL
+    ) -> QuantizedLinear:
+        """Over codes that were packed elsewhere. ValueError: they are not this layer's."""
+        scales = 2 * PANEL * (1 if bits == 8 else 2)
+        panels, groups = -(-plain.out_features // PANEL), plain.in_features // GROUP
+        shape = (panels, groups, PANEL * GROUP * bits // 8 + scales)
+        if packed.shape != shape or packed.dtype is not torch.uint8 or not can_quantize(plain):
+            raise ValueError(f"{tuple(packed.shape)} are no packed codes of {plain}")
+        return cls(packed, bits, _shape(plain), plain.bias, library)
 
     @property
     def struct(self) -> Linear:
@@ -77,7 +102,7 @@ def groups_work(library: CDLL | None) -> bool:
     weight = torch.randn(45, 3 * GROUP, generator=draw)
     for bits in (8, 4):
         quantized = quantize(weight, bits)
-        layer = QuantizedLinear(quantized, None, library)
+        layer = QuantizedLinear.of(quantized, None, library)
         for rows in (1, 17):
             x = torch.randn(rows, 3 * GROUP, generator=draw).to(torch.bfloat16)
             exact = x.double() @ dequantize(quantized).double().T
@@ -115,7 +140,7 @@ def quantize_linears(
         layers += 1
         if native and library is not None and layer.weight.dtype is torch.bfloat16:
             parent, _, own = name.rpartition(".")
-            packed = QuantizedLinear(quantized, layer.bias, library)
+            packed = QuantizedLinear.of(quantized, layer.bias, library)
             packed_bytes += packed.packed.numel()
             setattr(model.get_submodule(parent), own, packed)
         else:

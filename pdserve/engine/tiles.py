@@ -31,13 +31,22 @@ class Linear(ctypes.Structure):
 class TiledLinear(nn.Module):
     """Takes over a bfloat16 nn.Linear on the CPU; keeps nothing of it but the packed weights."""
 
-    def __init__(self, plain: nn.Linear, library: CDLL) -> None:
+    def __init__(self, plain: nn.Linear, library: CDLL, packed: torch.Tensor | None = None) -> None:
+        """``packed``: what ``pack`` made of the layer's weights elsewhere."""
         super().__init__()
         self.in_features = plain.in_features
         self.out_features = plain.out_features
-        self.packed = pack(plain.weight.detach())
+        self.packed = pack(plain.weight.detach()) if packed is None else packed
         self.bias = plain.bias
         self._library = library
+
+    @classmethod
+    def over(cls, packed: torch.Tensor, plain: nn.Linear, library: CDLL) -> TiledLinear:
+        """Over weights that were packed elsewhere. ValueError: they are not this layer's."""
+        shape = (-(-plain.out_features // PANEL), plain.in_features // 2, PANEL, 2)
+        if packed.shape != shape or packed.dtype is not torch.bfloat16 or not can_tile(plain):
+            raise ValueError(f"{tuple(packed.shape)} are no packed weights of {plain}")
+        return cls(plain, library, packed)
 
     @property
     def weight(self) -> torch.Tensor:

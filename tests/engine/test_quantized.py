@@ -93,7 +93,7 @@ def test_the_kernels_multiply_with_the_dequantized_weights(
     bias = (
         torch.nn.Parameter(torch.randn(n, generator=draw).to(torch.bfloat16)) if seed % 2 else None
     )
-    layer = QuantizedLinear(quantized, bias, kernel(processor))
+    layer = QuantizedLinear.of(quantized, bias, kernel(processor))
     x = torch.randn(1, 256, k, generator=draw).to(torch.bfloat16)
     exact = torch.nn.functional.linear(
         x.double(),

@@ -1,0 +1,274 @@
+"""One copy of a model's packed weights for all CPU workers of a host, made by the first of them.
+
+    load_shared(folder, recipe, make)
+        a kept file of this recipe -> the model is built empty, the file's tensors are put in
+        none                       -> make() loads from the model's own files; what it made is
+                                      kept, and put together like that, too
+
+A recipe names everything that decides the file's content: the model's files by their times and
+sizes, the versions of what names and packs the tensors. One worker makes at a time, others wait for
+it and map what it made. Whatever keeps a file from being made or used is told, and costs its worker
+a copy of its own, nothing else. Loading as if there were no such file is the reference.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+from collections.abc import Callable, Iterator
+from ctypes import CDLL
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from pdserve.engine.compiler import sole_builder
+from pdserve.engine.gguf_blocks import blocks_file
+from pdserve.engine.kept_weights import (
+    SUFFIX,
+    KeptUnusable,
+    KeptWeights,
+    open_kept,
+    sweep,
+    write_kept,
+)
+from pdserve.engine.landing import STORED
+from pdserve.engine.linear import PackedLinear
+from pdserve.engine.load_weights import EmptyModel, empty_model
+from pdserve.engine.quantized import Quantization
+from pdserve.engine.quantized_linear import QuantizedLinear, groups_work
+from pdserve.engine.tiles import TiledLinear
+from pdserve.engine.weights import weight_files
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1  # of packed tensors and of the notes; another one is another file
+LEAST_BYTES = 64 * 2**20  # of weights that are worth a file
+_PACKED = "packed"
+
+
+@dataclass(frozen=True, slots=True)
+class Weighted:
+    """A model with its weights in place."""
+
+    model: Any
+    revision: str  # of all that they were made from
+    packed_bytes: int  # of linear layers, which are no parameters any more
+    note: str  # for the log
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    path: Path  # the model's folder
+    config: Any
+    dtype: torch.dtype
+    quantization: Quantization
+    library: CDLL
+
+    @property
+    def family(self) -> str:
+        """What a newer file of the same begins with."""
+        folder = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:12]
+        return f"{folder}-{self.quantization.value}-"
+
+    def file_name(self) -> str:
+        """OSError, ModelRefused."""
+        quantized = self.quantization is not Quantization.NONE
+        blocks = blocks_file(self.path) if quantized else None
+        in_kernels = quantized and groups_work(self.library)
+        facts: list[object] = [FORMAT, torch.__version__, transformers.__version__]
+        facts += [str(self.dtype), in_kernels]
+        files = [self.path / "config.json", *weight_files(self.path)]
+        for file in files if blocks is None else [*files, blocks]:
+            info = file.stat()
+            times = (info.st_mtime_ns, info.st_ctime_ns)
+            facts.append((file.name, info.st_size, *times, info.st_ino, info.st_dev))
+        key = hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
+        return f"{self.family}{key}{SUFFIX}"
+
+
+def load_shared(folder: Path, recipe: Recipe, make: Callable[[], Weighted]) -> Weighted:
+    """Raises what ``make`` raises."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        file = folder / recipe.file_name()
+        found = _put_together(file, recipe)
+        if found is not None:
+            return found
+    except OSError as error:
+        return _alone(make(), str(error))
+    with _one_at_a_time(folder):
+        found = _put_together(file, recipe)
+        if found is not None:
+            return found
+        made = make()
+        try:
+            return _keep(file, recipe, made)
+        except (OSError, KeptUnusable) as error:
+            return _alone(made, str(error))
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(sole_builder(folder))
+        except OSError as error:
+            log.warning("weights: %s cannot be locked (%s)", folder, error)
+        yield
+
+
+def _alone(made: Weighted, reason: str) -> Weighted:
+    note = f"{made.note}; a copy of this worker's own, because {reason}"
+    return Weighted(made.model, made.revision, made.packed_bytes, note)
+
+
+def _put_together(file: Path, recipe: Recipe) -> Weighted | None:
+    """From a file that is there; None: there is none, or it does not serve."""
+    if not file.exists():
+        return None
+    try:
+        kept = open_kept(file)
+        empty = _empty(recipe)
+        return _filled(kept, empty, recipe, file)
+    except KeptUnusable as error:
+        log.warning("weights: read from the model's files again, because %s", error)
+        return None
+
+
+def _empty(recipe: Recipe) -> EmptyModel:
+    empty = empty_model(recipe.path, recipe.config, recipe.dtype)
+    if empty is None:
+        raise KeptUnusable("the model does not simply hold its files' tensors")
+    return empty
+
+
+def _filled(kept: KeptWeights, empty: EmptyModel, recipe: Recipe, file: Path) -> Weighted:
+    """KeptUnusable: these are not exactly the model's tensors."""
+    notes = kept.notes
+    try:
+        _put(kept, empty.model, recipe.library)
+        said = (str(notes["revision"]), int(notes["packed_bytes"]), notes["note"])
+    except (LookupError, TypeError, ValueError) as error:
+        raise KeptUnusable(f"{file} does not say what it holds ({error!r})") from error
+    left = empty.unfilled()
+    if left:
+        raise KeptUnusable(f"{len(left)} of the model's tensors are not kept ({left[0]}, ...)")
+    revision, packed_bytes, note = said
+    shared = f"{note}; one copy for all workers of this host, mapped from {file}"
+    return Weighted(empty.model, revision, packed_bytes, shared)
+
+
+def _keep(file: Path, recipe: Recipe, made: Weighted) -> Weighted:
+    """Writes, maps and takes over what was written; the copy that was made is let go."""
+    gathered = _gather(made.model)
+    if sum(t.numel() * t.element_size() for t in gathered.tensors.values()) < LEAST_BYTES:
+        return made
+    empty = _empty(recipe)
+    notes = {
+        "model": str(recipe.path.resolve()),
+        "revision": made.revision,
+        "packed_bytes": made.packed_bytes,
+        "note": made.note,
+        "layers": gathered.layers,
+        "places": gathered.places,
+    }
+    write_kept(file, gathered.tensors, notes)
+    sweep(file, recipe.family)
+    # What lies in it was hashed and written by us a moment ago.
+    return _filled(open_kept(file, check=False), empty, recipe, file)
+
+
+@dataclass(frozen=True, slots=True)
+class _Gathered:
+    tensors: dict[str, torch.Tensor]  # by the first of its places: "module.path.name"
+    places: dict[str, list[str]]  # all of them, when it is tied
+    layers: dict[str, int]  # packed linear layers: bits of a weight
+
+
+def _gather(model: Any) -> _Gathered:
+    """All that loading filled. KeptUnusable when something cannot be kept like that."""
+    gathered = _Gathered({}, {}, {})
+    first: dict[tuple[int, torch.Size], str] = {}
+    saved = {tensor.data_ptr() for tensor in model.state_dict().values()}
+
+    def add(name: str, tensor: torch.Tensor) -> None:
+        if not tensor.is_contiguous() or tensor.numel() == 0 or tensor.dtype not in _KEPT:
+            raise KeptUnusable(f"{name} is no plain tensor")
+        home = first.setdefault((tensor.data_ptr(), tensor.shape), name)
+        gathered.tensors.setdefault(home, tensor)
+        gathered.places.setdefault(home, []).append(name)
+
+    for path, module in model.named_modules():
+        if isinstance(module, PackedLinear):
+            raise KeptUnusable(f"{path} is packed by oneDNN")
+        if isinstance(module, TiledLinear | QuantizedLinear):
+            gathered.layers[path] = module.struct.bits
+            add(f"{path}.{_PACKED}", module.packed)
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and tensor.data_ptr() in saved:
+                add(f"{path}.{name}", tensor)
+    return gathered
+
+
+_KEPT = {*STORED.values(), torch.bool}
+
+
+def _put(kept: KeptWeights, model: Any, library: CDLL) -> None:
+    """Each kept tensor to its places in an empty model.
+
+    KeptUnusable: it has not these places, or not with these shapes.
+    """
+    layers = kept.notes["layers"]
+    packed: dict[str, torch.Tensor] = {}
+    for home, tensor in kept.tensors.items():
+        floats = tensor.is_floating_point()
+        parameter = nn.Parameter(tensor, requires_grad=False) if floats else None
+        for place in kept.notes["places"][home]:
+            path, _, name = place.rpartition(".")
+            if name == _PACKED and path in layers:
+                packed[path] = tensor
+                continue
+            module = _module(model, path)
+            if parameter is not None and _fits(module._parameters.get(name), tensor):
+                module._parameters[name] = parameter
+            elif _fits(module._buffers.get(name), tensor):
+                module._buffers[name] = tensor
+            else:
+                raise KeptUnusable(f"the model has no {place} of that shape")
+    if packed.keys() != layers.keys():
+        raise KeptUnusable("the packed layers are not those that are told of")
+    for path, tensor in packed.items():
+        _put_packed(model, path, tensor, int(layers[path]), library)
+
+
+def _put_packed(model: Any, path: str, tensor: torch.Tensor, bits: int, library: CDLL) -> None:
+    module = _module(model, path)
+    layer: nn.Module
+    if type(module) is not nn.Linear:
+        raise KeptUnusable(f"{path} is no linear layer")
+    try:
+        if bits == 16:
+            layer = TiledLinear.over(tensor, module, library)
+        else:
+            layer = QuantizedLinear.over(tensor, bits, module, library)
+    except ValueError as error:
+        raise KeptUnusable(f"{path}: {error}") from error
+    parent, _, own = path.rpartition(".")
+    setattr(_module(model, parent), own, layer)
+
+
+def _module(model: Any, path: str) -> nn.Module:
+    try:
+        module: nn.Module = model.get_submodule(path)
+    except AttributeError as error:
+        raise KeptUnusable(f"the model has no {path}") from error
+    return module
+
+
+def _fits(own: torch.Tensor | None, tensor: torch.Tensor) -> bool:
+    return own is not None and own.shape == tensor.shape and own.dtype is tensor.dtype

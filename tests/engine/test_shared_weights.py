@@ -1,0 +1,293 @@
+"""One copy of packed weights for all workers of a host: the same model, whatever becomes of it.
+
+The reference is always the model as it is loaded without such a file.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from pdserve.engine import kept_weights, model, shared_weights
+from pdserve.engine.kept_weights import KeptUnusable, open_kept, write_kept
+from pdserve.engine.model import LoadedModel, load_model
+from pdserve.engine.quantized import Quantization
+from pdserve.engine.quantized_linear import QuantizedLinear
+from pdserve.engine.tiles import TiledLinear, tiles_work
+from pdserve.types import Numerics
+from tests.engine.model_world import CPU, kernel
+from tests.engine.test_fused import folder_of, run_steps
+
+pytestmark = pytest.mark.skipif(
+    not tiles_work(kernel()), reason="layers are not packed for our kernels on this processor"
+)
+TIED = "llama, 6 heads of 64 under 2, tied"
+BIASES = "qwen2, biases"
+
+
+@pytest.fixture(autouse=True)
+def _worth_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_weights, "LEAST_BYTES", 1)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model of the test's own, to be changed."""
+    return Path(shutil.copytree(folder_of(TIED), tmp_path / "model"))
+
+
+def load(
+    folder: Path, shared: Path | None, quantization: Quantization = Quantization.NONE
+) -> LoadedModel:
+    return load_model(
+        folder,
+        dtype="bfloat16",
+        numerics=Numerics.FAST,
+        device=CPU,
+        quantization=quantization,
+        library=kernel(),
+        shared=shared,
+    )
+
+
+def counting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How often a model was read from its own files."""
+    times: list[int] = []
+    read_model = model.read_model
+
+    def read(*args: Any) -> Any:
+        times.append(1)
+        return read_model(*args)
+
+    monkeypatch.setattr(model, "read_model", read)
+    return times
+
+
+def is_mapped(loaded: LoadedModel, file: Path) -> bool:
+    """Whether each weight lies in a mapping of that file."""
+    ranges = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if line.endswith(str(file)):
+            begin, _, end = line.split()[0].partition("-")
+            ranges.append((int(begin, 16), int(end, 16)))
+    own = [tensor for _, tensor in loaded.model.named_parameters()]
+    own += [
+        m.packed for m in loaded.model.modules() if isinstance(m, TiledLinear | QuantizedLinear)
+    ]
+    return all(any(a <= tensor.data_ptr() < b for a, b in ranges) for tensor in own)
+
+
+def same(found: LoadedModel, expected: LoadedModel) -> None:
+    assert found.identity == expected.identity
+    assert found.weights_bytes == expected.weights_bytes
+    seed = random.randrange(2**31)
+    print(f"seed {seed}")
+    mine, theirs = run_steps(found, seed), run_steps(expected, seed)
+    for one, other in zip(mine, theirs, strict=True):
+        assert torch.equal(one.nan_to_num(), other.nan_to_num())
+
+
+def kept_in(shared: Path) -> list[Path]:
+    return sorted(shared.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("quantization", list(Quantization))
+@pytest.mark.parametrize("name", [TIED, BIASES])
+def test_the_first_makes_it_and_the_next_map_it(
+    name: str, quantization: Quantization, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = load(folder_of(name), None, quantization)
+    times = counting(monkeypatch)
+    first = load(folder_of(name), tmp_path / "w", quantization)
+    second = load(folder_of(name), tmp_path / "w", quantization)
+    assert len(times) == 1
+    (file,) = kept_in(tmp_path / "w")
+    for loaded in (first, second):
+        same(loaded, expected)
+        assert is_mapped(loaded, file), "it has a copy of its own"
+        assert str(file) in loaded.weights_note
+    assert not is_mapped(expected, file)
+    tied = name == TIED and quantization is Quantization.NONE
+    embeddings = second.model.get_input_embeddings().weight
+    assert not tied or embeddings.shape[0] == second.vocab_size
+
+
+def test_of_those_that_start_at_once_one_makes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In threads, which a lock of a file keeps apart like processes."""
+    times = counting(monkeypatch)
+    made = threading.Lock()
+    trace = model.trace_model
+
+    def one_by_one(*args: Any) -> Any:
+        with made:  # tracing is not for two threads
+            return trace(*args)
+
+    monkeypatch.setattr(model, "trace_model", one_by_one)
+    with ThreadPoolExecutor(3) as threads:
+        found = list(threads.map(lambda _: load(folder_of(TIED), tmp_path / "w"), range(3)))
+    assert len(times) == 1
+    expected = load(folder_of(TIED), None)
+    for loaded in found:
+        same(loaded, expected)
+
+
+def test_whatever_is_damaged_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shared = tmp_path / "w"
+    expected = load(folder_of(TIED), None)
+    load(folder_of(TIED), shared)
+    times = counting(monkeypatch)
+    (file,) = kept_in(shared)
+    whole = file.read_bytes()
+    head = 8 + int.from_bytes(whole[:8], "little")
+    seed = random.randrange(2**31)
+    print(f"seed {seed}")
+    draw = random.Random(seed)
+    damaged: list[bytes] = [b"", whole[:5], whole[: head + 99], whole + b"x"]
+    for at in (draw.randrange(head, len(whole)), len(whole) - 1, head):
+        damaged.append(whole[:at] + bytes([whole[at] ^ 1 << draw.randrange(8)]) + whole[at + 1 :])
+    for number, content in enumerate(damaged):
+        # As a new file: those who have mapped the old one keep it.
+        (tmp_path / "next").write_bytes(content)
+        os.replace(tmp_path / "next", file)
+        with caplog.at_level(logging.WARNING):
+            same(load(folder_of(TIED), shared), expected)
+        assert len(times) == 1 + number, "damaged weights were believed"
+        assert "because" in caplog.text
+        caplog.clear()
+        assert file.read_bytes() == whole
+    assert len(times) == len(damaged)
+
+
+def test_no_header_that_was_tampered_with_changes_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Letters of its names and numbers; what is still understood is still the same model."""
+    shared = tmp_path / "w"
+    expected, _ = run_steps(load(folder_of(TIED), None), 5)
+    load(folder_of(TIED), shared)
+    (file,) = kept_in(shared)
+    whole = file.read_bytes()
+    head = 8 + int.from_bytes(whole[:8], "little")
+    seed = random.randrange(2**31)
+    print(f"seed {seed}")
+    draw = random.Random(seed)
+    times = counting(monkeypatch)
+    for _ in range(20):
+        at = draw.randrange(8, head)
+        (tmp_path / "next").write_bytes(
+            whole[:at] + bytes([whole[at] ^ 1 << draw.randrange(8)]) + whole[at + 1 :]
+        )
+        os.replace(tmp_path / "next", file)
+        found, _ = run_steps(load(folder_of(TIED), shared), 5)
+        assert torch.equal(found, expected)
+    assert times, "no change was seen"
+
+
+def test_a_changed_model_is_another_file_and_the_old_one_goes(folder: Path, tmp_path: Path) -> None:
+    shared = tmp_path / "w"
+    load(folder, shared)
+    (before,) = kept_in(shared)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("q_proj.weight"))
+    save_file({**tensors, name: tensors[name] + 1}, file, metadata={"format": "pt"})
+    times = (before.stat().st_atime_ns, before.stat().st_mtime_ns)
+    os.utime(file, ns=times)  # not even its time of change helps to hide that
+    same(load(folder, shared), load(folder, None))
+    (after,) = kept_in(shared)
+    assert after != before
+
+
+def test_a_deleted_model_leaves_nothing_once_another_is_kept(folder: Path, tmp_path: Path) -> None:
+    shared = tmp_path / "w"
+    load(folder, shared)
+    load(folder_of(BIASES), shared)
+    assert len(kept_in(shared)) == 2
+    load(folder, shared, Quantization.INT8)
+    assert len(kept_in(shared)) == 3, "each way to quantize has its own"
+    shutil.rmtree(folder)
+    load(folder_of(BIASES), shared, Quantization.INT4)
+    assert len(kept_in(shared)) == 2
+
+
+@pytest.mark.parametrize("why", ["no folder", "no room", "others write it", "small"])
+def test_who_cannot_share_has_a_copy_of_its_own(
+    why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = tmp_path / "w"
+    if why == "no folder":
+        shared.write_text("a file")
+    elif why == "no room":
+        monkeypatch.setattr(kept_weights, "_SPARE_DISK", 2**60)
+    elif why == "small":
+        monkeypatch.setattr(shared_weights, "LEAST_BYTES", 2**30)
+    else:
+        load(folder_of(TIED), shared)
+        (file,) = kept_in(shared)
+        file.chmod(0o666)
+    times = counting(monkeypatch)
+    loaded = load(folder_of(TIED), shared)
+    assert len(times) == 1
+    same(loaded, load(folder_of(TIED), None))
+    if why == "others write it":
+        assert is_mapped(loaded, file), "the file was not made anew"
+        assert file.stat().st_mode & 0o777 == 0o600
+    else:
+        assert ("of this worker's own" in loaded.weights_note) == (why != "small")
+        assert not shared.is_dir() or not kept_in(shared)
+
+
+def test_a_model_that_the_library_converts_is_not_shared(tmp_path: Path) -> None:
+    """Experts are merged: such a model does not simply hold its files' tensors."""
+    config = transformers.MixtralConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=3,
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    loaded = load(tmp_path / "model", tmp_path / "w")
+    assert "does not simply hold" in loaded.weights_note
+    assert kept_in(tmp_path / "w") == []
+
+
+def test_tensors_of_all_kinds_come_back_as_they_were(tmp_path: Path) -> None:
+    seed = random.randrange(2**31)
+    print(f"seed {seed}")
+    torch.manual_seed(seed)
+    draw = random.Random(seed)
+    tensors = {
+        f"t{number}": torch.randint(0, 2, shape).to(dtype)
+        for number, dtype in enumerate(
+            (torch.bfloat16, torch.float32, torch.float64, torch.float16, torch.int64, torch.int8,
+             torch.uint8, torch.bool, torch.int32, torch.int16)
+        )
+        for shape in [tuple(draw.randrange(1, 70) for _ in range(draw.randrange(4)))]
+    }  # fmt: skip
+    write_kept(tmp_path / "k", tensors, {"of": "tests"})
+    kept = open_kept(tmp_path / "k")
+    assert kept.notes == {"of": "tests"}
+    assert kept.tensors.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert kept.tensors[name].dtype is tensor.dtype
+        assert torch.equal(kept.tensors[name], tensor), name
+    with pytest.raises(KeptUnusable, match="No such file"):
+        open_kept(tmp_path / "none")
