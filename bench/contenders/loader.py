@@ -52,7 +52,7 @@ def ways(folder: Path, kept: Path) -> dict[str, Callable[[], object]]:
     def mapped() -> object:
         assert library is not None
         config = transformers.AutoConfig.from_pretrained(folder)
-        recipe = Recipe(folder, config, torch.bfloat16, Quantization.NONE, library)
+        recipe = Recipe(folder, config, Quantization.NONE, library)
 
         def make() -> Weighted:
             return Weighted(ours(LinearPacker(library)), "of the bench", 0, "")

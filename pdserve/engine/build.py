@@ -184,7 +184,7 @@ def _shared_weights(config: Config, share: HostShare) -> Path | None:
     """A worker that is alone on its host has nobody to keep them for."""
     if not config.engine.share_weights or share.workers == 1:
         return None
-    return _kernel_cache(config).with_name("weights")
+    return _kernel_cache(config).with_name("packed-weights")
 
 
 def _device(name: str) -> torch.device:

@@ -2,7 +2,7 @@
 
 find_compiler() -> command             $CXX may carry arguments of its own ("ccache g++")
 try_compiler(command) -> its version   by compiling a line
-sole_builder(folder)                   whoever holds it builds; the others then find what was built
+sole_builder(folder, ...)              whoever holds it builds; the others then find what was built
 """
 
 from __future__ import annotations
@@ -70,12 +70,14 @@ def run_compiler(command: Sequence[str], timeout_s: float = COMPILE_TIMEOUT_S) -
 
 
 @contextlib.contextmanager
-def sole_builder(folder: Path, patience_s: float = 2 * COMPILE_TIMEOUT_S) -> Iterator[None]:
+def sole_builder(
+    folder: Path, patience_s: float = 2 * COMPILE_TIMEOUT_S, name: str = "build"
+) -> Iterator[None]:
     """Held by one process at a time. One that was stopped while it held this costs ``patience_s``:
     then two may build, which is a waste and no more.
     """
     limit = time.monotonic() + patience_s
-    with open(folder / "build.lock", "wb") as lock:
+    with open(folder / f"{name}.lock", "wb") as lock:
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

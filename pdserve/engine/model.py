@@ -89,7 +89,7 @@ def load_model(
         return _weighted(path, config, TORCH_DTYPES[dtype], device, quantization, packer, library)
 
     if shared is not None and library is not None and packer is not None and packer.tiles:
-        recipe = Recipe(path, config, TORCH_DTYPES[dtype], quantization, library)
+        recipe = Recipe(path, config, quantization, library)
         weighted = load_shared(shared, recipe, make)
     else:
         weighted = make()

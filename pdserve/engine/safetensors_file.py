@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pdserve.errors import BadWeights
 
@@ -59,16 +59,21 @@ def read_shard(path: Path) -> Shard:
     """Reads the header alone. BadWeights; OSError when the file cannot be read."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        length_bytes = file.read(_LENGTH_BYTES)
-        if len(length_bytes) < _LENGTH_BYTES:
-            raise BadWeights(f"{path}: {size} bytes are no safetensors file")
-        length = int.from_bytes(length_bytes, "little")
-        if not 2 <= length <= min(LARGEST_HEADER, size - _LENGTH_BYTES):
-            raise BadWeights(
-                f"{path}: its header would have {length} bytes, the file has {size} "
-                f"(at most {LARGEST_HEADER} are read)"
-            )
-        text = file.read(length)
+        return read_header(path, file, size)
+
+
+def read_header(path: Path, file: BinaryIO, size: int) -> Shard:
+    """The same of a file that is open, at its begin, and has ``size`` bytes."""
+    length_bytes = file.read(_LENGTH_BYTES)
+    if len(length_bytes) < _LENGTH_BYTES:
+        raise BadWeights(f"{path}: {size} bytes are no safetensors file")
+    length = int.from_bytes(length_bytes, "little")
+    if not 2 <= length <= min(LARGEST_HEADER, size - _LENGTH_BYTES):
+        raise BadWeights(
+            f"{path}: its header would have {length} bytes, the file has {size} "
+            f"(at most {LARGEST_HEADER} are read)"
+        )
+    text = file.read(length)
     if len(text) < length:
         raise BadWeights(f"{path}: it ends inside its header")
     head = length_bytes + text

@@ -6,19 +6,21 @@
                                       kept, and put together like that, too
 
 A recipe names everything that decides the file's content: the model's files by their times and
-sizes, the versions of what names and packs the tensors. One worker makes at a time, others wait for
-it and map what it made. Whatever keeps a file from being made or used is told, and costs its worker
-a copy of its own, nothing else. Loading as if there were no such file is the reference.
+sizes, and the code that names and packs the tensors. One worker makes at a time, others wait for
+it and map what it made. Whatever keeps a file from being made or used is told, and leaves the
+worker with a copy of its own. Loading as if there were no such file is the reference.
 """
 
 from __future__ import annotations
 
-import contextlib
+import ctypes
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import ExitStack
 from ctypes import CDLL
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +28,19 @@ import torch
 import transformers
 from torch import nn
 
+from pdserve.engine import gguf_blocks, linear, load_weights, quantized, quantized_linear, tiles
 from pdserve.engine.compiler import sole_builder
 from pdserve.engine.gguf_blocks import blocks_file
 from pdserve.engine.kept_weights import (
     SUFFIX,
     KeptUnusable,
     KeptWeights,
+    can_keep,
+    check_room,
     open_kept,
     sweep,
     write_kept,
 )
-from pdserve.engine.landing import STORED
 from pdserve.engine.linear import PackedLinear
 from pdserve.engine.load_weights import EmptyModel, empty_model
 from pdserve.engine.quantized import Quantization
@@ -46,8 +50,12 @@ from pdserve.engine.weights import weight_files
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # of packed tensors and of the notes; another one is another file
 LEAST_BYTES = 64 * 2**20  # of weights that are worth a file
+# For another worker that makes the file; then this one makes it, too. Below any start's time-out.
+PATIENCE_S = 120.0
+DTYPE = torch.bfloat16  # what the kernels' weights are packed from
+# Whose change may change what is kept.
+_MAKERS = (gguf_blocks, linear, load_weights, quantized, quantized_linear, tiles)
 _PACKED = "packed"
 
 
@@ -65,7 +73,6 @@ class Weighted:
 class Recipe:
     path: Path  # the model's folder
     config: Any
-    dtype: torch.dtype
     quantization: Quantization
     library: CDLL
 
@@ -80,95 +87,106 @@ class Recipe:
         quantized = self.quantization is not Quantization.NONE
         blocks = blocks_file(self.path) if quantized else None
         in_kernels = quantized and groups_work(self.library)
-        facts: list[object] = [FORMAT, torch.__version__, transformers.__version__]
-        facts += [str(self.dtype), in_kernels]
+        facts: list[object] = [torch.__version__, transformers.__version__, in_kernels, _code()]
         files = [self.path / "config.json", *weight_files(self.path)]
         for file in files if blocks is None else [*files, blocks]:
             info = file.stat()
-            times = (info.st_mtime_ns, info.st_ctime_ns)
-            facts.append((file.name, info.st_size, *times, info.st_ino, info.st_dev))
+            # The last two change with the content even where somebody sets the first back.
+            facts.append((file.name, info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino))
         key = hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
         return f"{self.family}{key}{SUFFIX}"
 
 
+@cache
+def _code() -> str:
+    sources = b"".join(Path(str(module.__file__)).read_bytes() for module in _MAKERS)
+    return hashlib.sha256(sources).hexdigest()
+
+
 def load_shared(folder: Path, recipe: Recipe, make: Callable[[], Weighted]) -> Weighted:
-    """Raises what ``make`` raises."""
+    """Raises what ``make`` raises, and nothing else."""
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         file = folder / recipe.file_name()
-        found = _put_together(file, recipe)
+        found = _find(file, recipe)
         if found is not None:
             return found
-    except OSError as error:
-        return _alone(make(), str(error))
-    with _one_at_a_time(folder):
-        found = _put_together(file, recipe)
-        if found is not None:
-            return found
-        made = make()
-        try:
-            return _keep(file, recipe, made)
-        except (OSError, KeptUnusable) as error:
-            return _alone(made, str(error))
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Those that would wait for nothing do not wait.
+        _check_worth(folder, recipe)
+        lock = ExitStack()
+        lock.enter_context(sole_builder(folder, PATIENCE_S, recipe.family.rstrip("-")))
+    except Exception as error:
+        return _alone(make(), error)
+    with lock:
+        return _find(file, recipe) or _make(file, recipe, make)
 
 
-@contextlib.contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(sole_builder(folder))
-        except OSError as error:
-            log.warning("weights: %s cannot be locked (%s)", folder, error)
-        yield
+def _make(file: Path, recipe: Recipe, make: Callable[[], Weighted]) -> Weighted:
+    made = make()
+    try:
+        # Who lost patience may find that the other came to an end after all.
+        kept = _find(file, recipe) or _keep(file, recipe, made)
+    except Exception as error:
+        return _alone(made, error)
+    del made
+    _give_back()
+    return kept
 
 
-def _alone(made: Weighted, reason: str) -> Weighted:
-    note = f"{made.note}; a copy of this worker's own, because {reason}"
-    return Weighted(made.model, made.revision, made.packed_bytes, note)
+def _give_back() -> None:
+    """To the system: what freed tensors leave in the allocator is as much as they were."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+    if trim is not None:
+        trim(0)
 
 
-def _put_together(file: Path, recipe: Recipe) -> Weighted | None:
+def _alone(made: Weighted, reason: Exception) -> Weighted:
+    told = str(reason) or type(reason).__name__
+    note = f"{made.note}; a copy of this worker's own, because {told}"
+    return replace(made, note=note)
+
+
+def _check_worth(folder: Path, recipe: Recipe) -> None:
+    """KeptUnusable: there is no use in making the file."""
+    size = sum(file.stat().st_size for file in weight_files(recipe.path))
+    if size < LEAST_BYTES:
+        raise KeptUnusable(f"{size} bytes are not worth a file")
+    check_room(folder, size)
+    _empty(recipe)
+
+
+def _find(file: Path, recipe: Recipe) -> Weighted | None:
     """From a file that is there; None: there is none, or it does not serve."""
     if not file.exists():
         return None
     try:
-        kept = open_kept(file)
-        empty = _empty(recipe)
-        return _filled(kept, empty, recipe, file)
-    except KeptUnusable as error:
+        return _filled(open_kept(file), recipe, file)
+    except Exception as error:
         log.warning("weights: read from the model's files again, because %s", error)
         return None
 
 
 def _empty(recipe: Recipe) -> EmptyModel:
-    empty = empty_model(recipe.path, recipe.config, recipe.dtype)
+    empty = empty_model(recipe.path, recipe.config, DTYPE)
     if empty is None:
         raise KeptUnusable("the model does not simply hold its files' tensors")
     return empty
 
 
-def _filled(kept: KeptWeights, empty: EmptyModel, recipe: Recipe, file: Path) -> Weighted:
+def _filled(kept: KeptWeights, recipe: Recipe, file: Path) -> Weighted:
     """KeptUnusable: these are not exactly the model's tensors."""
-    notes = kept.notes
-    try:
-        _put(kept, empty.model, recipe.library)
-        said = (str(notes["revision"]), int(notes["packed_bytes"]), notes["note"])
-    except (LookupError, TypeError, ValueError) as error:
-        raise KeptUnusable(f"{file} does not say what it holds ({error!r})") from error
+    empty, notes = _empty(recipe), kept.notes
+    _put(kept, empty.model, recipe.library)
     left = empty.unfilled()
     if left:
         raise KeptUnusable(f"{len(left)} of the model's tensors are not kept ({left[0]}, ...)")
-    revision, packed_bytes, note = said
-    shared = f"{note}; one copy for all workers of this host, mapped from {file}"
-    return Weighted(empty.model, revision, packed_bytes, shared)
+    note = f"{notes['note']}; one copy for all workers of this host, mapped from {file}"
+    return Weighted(empty.model, notes["revision"], notes["packed_bytes"], note)
 
 
 def _keep(file: Path, recipe: Recipe, made: Weighted) -> Weighted:
-    """Writes, maps and takes over what was written; the copy that was made is let go."""
+    """Writes what was made, and takes it over from there."""
     gathered = _gather(made.model)
-    if sum(t.numel() * t.element_size() for t in gathered.tensors.values()) < LEAST_BYTES:
-        return made
-    empty = _empty(recipe)
     notes = {
         "model": str(recipe.path.resolve()),
         "revision": made.revision,
@@ -177,10 +195,13 @@ def _keep(file: Path, recipe: Recipe, made: Weighted) -> Weighted:
         "layers": gathered.layers,
         "places": gathered.places,
     }
-    write_kept(file, gathered.tensors, notes)
     sweep(file, recipe.family)
-    # What lies in it was hashed and written by us a moment ago.
-    return _filled(open_kept(file, check=False), empty, recipe, file)
+    write_kept(file, gathered.tensors, notes)
+    try:
+        return _filled(open_kept(file), recipe, file)
+    except Exception:
+        file.unlink(missing_ok=True)
+        raise
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +218,7 @@ def _gather(model: Any) -> _Gathered:
     saved = {tensor.data_ptr() for tensor in model.state_dict().values()}
 
     def add(name: str, tensor: torch.Tensor) -> None:
-        if not tensor.is_contiguous() or tensor.numel() == 0 or tensor.dtype not in _KEPT:
+        if not can_keep(tensor):
             raise KeptUnusable(f"{name} is no plain tensor")
         home = first.setdefault((tensor.data_ptr(), tensor.shape), name)
         gathered.tensors.setdefault(home, tensor)
@@ -213,9 +234,6 @@ def _gather(model: Any) -> _Gathered:
             if tensor is not None and tensor.data_ptr() in saved:
                 add(f"{path}.{name}", tensor)
     return gathered
-
-
-_KEPT = {*STORED.values(), torch.bool}
 
 
 def _put(kept: KeptWeights, model: Any, library: CDLL) -> None:

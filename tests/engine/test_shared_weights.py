@@ -5,12 +5,13 @@ The reference is always the model as it is loaded without such a file.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import random
 import shutil
-import threading
-from concurrent.futures import ThreadPoolExecutor
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from pdserve.engine import kept_weights, model, shared_weights
+from pdserve.engine.compiler import sole_builder
 from pdserve.engine.kept_weights import KeptUnusable, open_kept, write_kept
 from pdserve.engine.model import LoadedModel, load_model
 from pdserve.engine.quantized import Quantization
@@ -123,27 +125,6 @@ def test_the_first_makes_it_and_the_next_map_it(
     assert not tied or embeddings.shape[0] == second.vocab_size
 
 
-def test_of_those_that_start_at_once_one_makes_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In threads, which a lock of a file keeps apart like processes."""
-    times = counting(monkeypatch)
-    made = threading.Lock()
-    trace = model.trace_model
-
-    def one_by_one(*args: Any) -> Any:
-        with made:  # tracing is not for two threads
-            return trace(*args)
-
-    monkeypatch.setattr(model, "trace_model", one_by_one)
-    with ThreadPoolExecutor(3) as threads:
-        found = list(threads.map(lambda _: load(folder_of(TIED), tmp_path / "w"), range(3)))
-    assert len(times) == 1
-    expected = load(folder_of(TIED), None)
-    for loaded in found:
-        same(loaded, expected)
-
-
 def test_whatever_is_damaged_is_made_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -173,56 +154,169 @@ def test_whatever_is_damaged_is_made_anew(
     assert len(times) == len(damaged)
 
 
-def test_no_header_that_was_tampered_with_changes_the_model(
+def test_no_header_that_was_tampered_with_is_believed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Letters of its names and numbers; what is still understood is still the same model."""
     shared = tmp_path / "w"
-    expected, _ = run_steps(load(folder_of(TIED), None), 5)
     load(folder_of(TIED), shared)
     (file,) = kept_in(shared)
     whole = file.read_bytes()
     head = 8 + int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8:head])
+    kept = json.loads(header["__metadata__"]["kept"])
     seed = random.randrange(2**31)
     print(f"seed {seed}")
     draw = random.Random(seed)
-    times = counting(monkeypatch)
-    for _ in range(20):
-        at = draw.randrange(8, head)
-        (tmp_path / "next").write_bytes(
-            whole[:at] + bytes([whole[at] ^ 1 << draw.randrange(8)]) + whole[at + 1 :]
-        )
+    changed = []
+    for _ in range(100):
+        at = draw.randrange(8, len(whole[:head].rstrip()))
+        changed.append(whole[:at] + bytes([whole[at] ^ 1 << draw.randrange(8)]) + whole[at + 1 :])
+    for metadata in (
+        None,
+        [],
+        {"kept": 5},
+        {"kept": "[" * 10**5},
+        {**header["__metadata__"], "kept": json.dumps({**kept, "notes": {"packed_bytes": 1e999}})},
+    ):
+        text = json.dumps({**header, "__metadata__": metadata}).encode()
+        text += b" " * (-(8 + len(text)) % 64)
+        changed.append(len(text).to_bytes(8, "little") + text + whole[head:])
+    for content in changed:
+        (tmp_path / "next").write_bytes(content)
         os.replace(tmp_path / "next", file)
-        found, _ = run_steps(load(folder_of(TIED), shared), 5)
-        assert torch.equal(found, expected)
-    assert times, "no change was seen"
+        with pytest.raises(KeptUnusable):
+            open_kept(file)
+    times = counting(monkeypatch)
+    same(load(folder_of(TIED), shared), load(folder_of(TIED), None))
+    assert len(times) == 2
+    assert file.read_bytes() == whole
+
+
+def test_a_file_of_another_model_is_not_taken_for_this_one_s(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a script that restores a cache under wrong names does."""
+    shared = tmp_path / "w"
+    load(folder, shared)
+    (right,) = kept_in(shared)
+    load(change(folder), tmp_path / "other")
+    (wrong,) = kept_in(tmp_path / "other")
+    for file in (right, tmp_path / "w" / wrong.name):
+        file.unlink(missing_ok=True)
+    shutil.copy(tmp_path / "other" / wrong.name, right)
+    with pytest.raises(KeptUnusable, match="made for another"):
+        open_kept(right)
+    shutil.copy(right, shared / wrong.name)
+    open_kept(shared / wrong.name)
+
+
+def change(folder: Path) -> Path:
+    """The weights of one layer, in place; the file's size and times stay, as far as one can."""
+    file = folder / "model.safetensors"
+    before, tensors = file.stat(), load_file(file)
+    name = next(name for name in tensors if name.endswith("q_proj.weight"))
+    save_file({**tensors, name: tensors[name] + 1}, folder / "changed", metadata={"format": "pt"})
+    file.write_bytes((folder / "changed").read_bytes())
+    (folder / "changed").unlink()
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_ino) == (before.st_size, before.st_ino)
+    return folder
 
 
 def test_a_changed_model_is_another_file_and_the_old_one_goes(folder: Path, tmp_path: Path) -> None:
     shared = tmp_path / "w"
     load(folder, shared)
     (before,) = kept_in(shared)
-    file = folder / "model.safetensors"
-    tensors = load_file(file)
-    name = next(name for name in tensors if name.endswith("q_proj.weight"))
-    save_file({**tensors, name: tensors[name] + 1}, file, metadata={"format": "pt"})
-    times = (before.stat().st_atime_ns, before.stat().st_mtime_ns)
-    os.utime(file, ns=times)  # not even its time of change helps to hide that
+    change(folder)
     same(load(folder, shared), load(folder, None))
     (after,) = kept_in(shared)
     assert after != before
 
 
-def test_a_deleted_model_leaves_nothing_once_another_is_kept(folder: Path, tmp_path: Path) -> None:
+def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
     shared = tmp_path / "w"
-    load(folder, shared)
-    load(folder_of(BIASES), shared)
-    assert len(kept_in(shared)) == 2
-    load(folder, shared, Quantization.INT8)
-    assert len(kept_in(shared)) == 3, "each way to quantize has its own"
-    shutil.rmtree(folder)
-    load(folder_of(BIASES), shared, Quantization.INT4)
-    assert len(kept_in(shared)) == 2
+    shared.mkdir()
+    (shared / "model.safetensors").write_bytes(b"somebody's")
+    (shared / "download.part").write_bytes(b"somebody's")
+    (shared / "a folder.safetensors").mkdir()
+    os.utime(shared / "download.part", (0, 0))
+    left = shared / "kept-abc.part"
+    left.write_bytes(b"of a writer that was killed")
+    os.utime(left, (0, 0))
+    (shared / "kept-new.part").write_bytes(b"of one that writes")
+    load(folder_of(TIED), shared)
+    assert not left.exists()
+    others = {file.name for file in shared.iterdir()}
+    assert others > {"model.safetensors", "download.part", "a folder.safetensors", "kept-new.part"}
+
+
+def test_who_loses_patience_makes_its_own_and_takes_what_came_after_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_weights, "PATIENCE_S", 0.2)
+    shared = tmp_path / "w"
+    times = counting(monkeypatch)
+    shared.mkdir()
+    recipe = shared_weights.Recipe(folder_of(TIED), None, Quantization.NONE, kernel())
+    with sole_builder(shared, name=recipe.family.rstrip("-")):  # by somebody who stands still
+        first = load(folder_of(TIED), shared)
+    assert len(times) == 1
+    (file,) = kept_in(shared)
+    assert is_mapped(first, file)
+
+
+WORKER = """
+import json, sys
+from pathlib import Path
+import torch
+from pdserve.engine import model
+from pdserve.engine.native import load_native
+from pdserve.types import Numerics
+def own():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+read, times = model.read_model, []
+def counted(*args):
+    times.append(1)
+    return read(*args)
+model.read_model = counted
+library = load_native(Path(sys.argv[2])).kernels
+before = own()
+loaded = model.load_model(Path(sys.argv[1]), dtype="bfloat16", numerics=Numerics.FAST,
+    device=torch.device("cpu"), library=library, shared=Path(sys.argv[3]) if sys.argv[3:] else None)
+print(json.dumps({"own": (own() - before) / loaded.weights_bytes, "made": len(times)}))
+"""
+
+
+def test_of_two_that_start_at_once_one_makes_it_and_neither_holds_a_copy(tmp_path: Path) -> None:
+    """Processes, as workers are: what each takes of memory that nobody shares."""
+    config = transformers.LlamaConfig(
+        vocab_size=16000,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=4,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+    )
+    with torch.device("meta"):
+        empty = transformers.LlamaForCausalLM(config)
+    empty.to(torch.bfloat16).to_empty(device=CPU).save_pretrained(tmp_path / "model")
+
+    def start(*shared: Path) -> subprocess.Popen[str]:
+        kernels = Path(kernel()._name).parent
+        words = [sys.executable, "-c", WORKER, tmp_path / "model", kernels, *shared]
+        return subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+
+    def end(process: subprocess.Popen[str]) -> dict[str, float]:
+        out, _ = process.communicate(timeout=120)
+        print(out)
+        return dict(json.loads(out))
+
+    alone = end(start())
+    both = [end(process) for process in (start(tmp_path / "w"), start(tmp_path / "w"))]
+    assert alone["own"] > 0.9
+    assert sum(one["made"] for one in both) == 1
+    assert all(one["own"] < 0.3 for one in both)
 
 
 @pytest.mark.parametrize("why", ["no folder", "no room", "others write it", "small"])
@@ -248,7 +342,7 @@ def test_who_cannot_share_has_a_copy_of_its_own(
         assert is_mapped(loaded, file), "the file was not made anew"
         assert file.stat().st_mode & 0o777 == 0o600
     else:
-        assert ("of this worker's own" in loaded.weights_note) == (why != "small")
+        assert "of this worker's own" in loaded.weights_note
         assert not shared.is_dir() or not kept_in(shared)
 
 
@@ -289,5 +383,5 @@ def test_tensors_of_all_kinds_come_back_as_they_were(tmp_path: Path) -> None:
     for name, tensor in tensors.items():
         assert kept.tensors[name].dtype is tensor.dtype
         assert torch.equal(kept.tensors[name], tensor), name
-    with pytest.raises(KeptUnusable, match="No such file"):
+    with pytest.raises(KeptUnusable, match="FileNotFound"):
         open_kept(tmp_path / "none")
