@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,8 +78,13 @@ def ask(cluster: Cluster, key: str, prompt: tuple[int, ...]) -> pb.Usage:
 
 
 def test_with_mutual_tls_everywhere_a_request_goes_the_whole_way(locked: Cluster) -> None:
-    # Not whole blocks alone: those may be in Redis before the decode worker looks there.
-    usage = ask(locked, KEYS[0], tuple(range(10, 10 + 3 * BLOCK + 1)))
+    for begin in range(10, 20):
+        # Not whole blocks alone: those may be in Redis before the decode worker looks there.
+        usage = ask(locked, KEYS[0], tuple(range(begin, begin + 3 * BLOCK + 1)))
+        # On a busy machine a worker is suspect for a moment.
+        if usage.kv_skipped_reason != "no_prefill_worker":
+            break
+        time.sleep(1)
     assert usage.prefill_worker
     assert usage.decode_worker
     assert usage.kv_bytes_transferred > 0
