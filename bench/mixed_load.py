@@ -21,10 +21,10 @@ from bench.served import POOLS, burst, served
 from pdserve.bench.caller import Target
 from pdserve.bench.stats import percentile
 
-STREAMS, STREAM_TOKENS, STREAM_PROMPT = 4, 128, 128
+STREAMS, STREAM_TOKENS, STREAM_PROMPT = 4, 256, 128
 LONG_PROMPTS, LONG_PROMPT, EVERY_S = 2, 1024, 1.0
 # Until the long prompts come: every stream has written its first token by then.
-SETTLE_S = 1.5
+SETTLE_S = 3.0
 LOW_PROMPTS = (32, 256)
 LOW_TOKENS, LOW_REQUESTS = 8, 3
 CONTENDERS = (*POOLS, "vllm")
