@@ -59,6 +59,7 @@ def ways(folder: Path, kept: Path) -> dict[str, Callable[[], object]]:
 
         loaded = load_shared(kept, recipe, make)
         assert str(kept) in loaded.note, loaded.note
+        touch(weights_of(loaded.model))
         return loaded.model
 
     def theirs() -> object:
@@ -113,10 +114,14 @@ def bytes_of(loaded: object) -> int:
     """What the weights of a model take; 0 for anything else."""
     if not isinstance(loaded, torch.nn.Module):
         return 0
-    tensors = [*loaded.parameters(), *loaded.buffers()]
-    tensors += [m.packed for m in loaded.modules() if isinstance(m, TiledLinear | PackedLinear)]
-    kept = {id(tensor): tensor for tensor in tensors}
+    kept = {id(tensor): tensor for tensor in weights_of(loaded)}
     return sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
+
+
+def weights_of(model: torch.nn.Module) -> list[torch.Tensor]:
+    tensors = [*model.parameters(), *model.buffers()]
+    packed = [m.packed for m in model.modules() if isinstance(m, TiledLinear | PackedLinear)]
+    return tensors + packed
 
 
 def kilobytes(name: str) -> int:

@@ -17,6 +17,7 @@ import ctypes
 import hashlib
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from ctypes import CDLL
 from dataclasses import dataclass, replace
@@ -160,7 +161,7 @@ def _find(file: Path, recipe: Recipe) -> Weighted | None:
     if not file.exists():
         return None
     try:
-        return _filled(open_kept(file), recipe, file)
+        return _filled(recipe, file)
     except Exception as error:
         log.warning("weights: read from the model's files again, because %s", error)
         return None
@@ -173,9 +174,12 @@ def _empty(recipe: Recipe) -> EmptyModel:
     return empty
 
 
-def _filled(kept: KeptWeights, recipe: Recipe, file: Path) -> Weighted:
-    """KeptUnusable: these are not exactly the model's tensors."""
-    empty, notes = _empty(recipe), kept.notes
+def _filled(recipe: Recipe, file: Path) -> Weighted:
+    """KeptUnusable, among others: these are not exactly the model's tensors."""
+    with ThreadPoolExecutor(1) as thread:
+        opening = thread.submit(open_kept, file)  # reads while the model is built
+        empty, kept = _empty(recipe), opening.result()
+    notes = kept.notes
     _put(kept, empty.model, recipe.library)
     left = empty.unfilled()
     if left:
@@ -198,7 +202,7 @@ def _keep(file: Path, recipe: Recipe, made: Weighted) -> Weighted:
     sweep(file, recipe.family)
     write_kept(file, gathered.tensors, notes)
     try:
-        return _filled(open_kept(file), recipe, file)
+        return _filled(recipe, file)
     except Exception:
         file.unlink(missing_ok=True)
         raise
