@@ -11,7 +11,8 @@ import secrets
 import signal
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ class Running:
 
     cluster: Cluster
     context: int
+    api_key: str = ""  # for what is asked over HTTP
     caller: Caller = field(init=False)
 
     def __post_init__(self) -> None:
@@ -74,7 +76,10 @@ class Running:
         return self.cluster.http.url
 
     def get(self, path: str) -> Any:
-        with urllib.request.urlopen(self.http + path, timeout=10) as answer:
+        asked = urllib.request.Request(self.http + path)
+        if self.api_key:
+            asked.add_header("Authorization", f"Bearer {self.api_key}")
+        with urllib.request.urlopen(asked, timeout=10) as answer:
             return json.load(answer)
 
     def workers(self) -> list[dict[str, Any]]:
@@ -155,6 +160,17 @@ class Running:
             if now != count:
                 count, since = now, time.monotonic()
         client.close()
+
+    @contextmanager
+    def writes_held(self) -> Iterator[None]:
+        """Redis answers reads, and takes what was written back when this is over."""
+        client = redis.Redis.from_url(self.cluster.redis_url)
+        client.client_pause(int(SETTLE_S * 1000), all=False)
+        try:
+            yield
+        finally:
+            client.client_unpause()
+            client.close()
 
     def restart_workers(self) -> None:
         """Kills every worker; Ray starts them anew."""
@@ -286,6 +302,6 @@ def settings(variant: Variant, context: int, model: Path) -> list[str]:
         "router.skip_handoff_tokens": 0,
         "cache.host.bytes_max": 512 * 2**20,
         # What Redis holds is found, however busy the machine is.
-        "cache.redis.timeout_s": 5,
+        "cache.redis.timeout_s": SETTLE_S,
     }
     return [f"{key}={value}" for key, value in values.items()]
