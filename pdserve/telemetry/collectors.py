@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -44,71 +44,17 @@ class WorkerCollector(Collector):
         workers = self._read()
         yield self._by_state(workers)
         live = [worker for worker in workers if worker.state is not WorkerState.DEAD]
-        yield self._gauge(
-            "num_requests_running",
-            "Requests that a worker computes.",
-            {worker.facts.id: worker.load.running for worker in live},
-        )
-        yield self._gauge(
-            "num_requests_waiting",
-            "Requests that wait on a worker.",
-            {worker.facts.id: worker.load.waiting for worker in live},
-        )
-        yield self._gauge(
-            "kv_cache_usage_perc",
-            "KV blocks in use; 1 means all.",
-            {worker.facts.id: _usage(worker.load) for worker in live},
-        )
-        yield self._gauge(
-            "engine_degraded",
-            "1 while a part of a worker, such as a cache tier, does not work; /workers says which.",
-            {worker.facts.id: float(bool(worker.load.degraded)) for worker in live},
-        )
-        yield self._blocks(live)
-        yield self._late(live)
-        yield self._counter(
-            "engine_turn_wait_seconds",
-            "What steps waited for other engines on the same cores (engine.turn_ms).",
-            {worker.facts.id: worker.load.turn_wait_s for worker in live},
-        )
-        yield self._counter(
-            "engine_turns_forced",
-            "Steps that began although no other engine on the same cores let them in.",
-            {worker.facts.id: worker.load.turns_forced for worker in live},
-        )
-
-    def _gauge(self, name: str, text: str, values: Mapping[str, float]) -> Metric:
-        family = GaugeMetricFamily(self._prefix + name, text, labels=("model_name", "engine"))
-        for engine, value in values.items():
-            family.add_metric((self._model, engine), value)
-        return family
-
-    def _counter(self, name: str, text: str, values: Mapping[str, float]) -> Metric:
-        family = CounterMetricFamily(self._prefix + name, text, labels=("model_name", "engine"))
-        for engine, value in values.items():
-            family.add_metric((self._model, engine), value)
-        return family
-
-    def _late(self, workers: Sequence[WorkerLike]) -> Metric:
-        family = CounterMetricFamily(
-            self._prefix + "worker_late",
-            "What came to a worker after its attempt was over, dropped: of its engine, KV reads.",
-            labels=("model_name", "engine", "kind"),
-        )
-        self._fill(
-            family, workers, lambda load: {"event": load.late_events, "kv_read": load.late_kv_reads}
-        )
-        return family
-
-    def _fill(
-        self,
-        family: CounterMetricFamily | GaugeMetricFamily,
-        workers: Sequence[WorkerLike],
-        read: Callable[[Load], Mapping[str, int]],
-    ) -> None:
-        for worker in workers:
-            for kind, count in read(worker.load).items():
-                family.add_metric((self._model, worker.facts.id, kind), count)
+        for kind, name, text, read in _OF_EACH:
+            family = kind(self._prefix + name, text, labels=("model_name", "engine"))
+            for worker in live:
+                family.add_metric((self._model, worker.facts.id), read(worker.load))
+            yield family
+        for kind, name, text, read_kinds in _OF_EACH_BY_KIND:
+            family = kind(self._prefix + name, text, labels=("model_name", "engine", "kind"))
+            for worker in live:
+                for of, count in read_kinds(worker.load).items():
+                    family.add_metric((self._model, worker.facts.id, of), count)
+            yield family
 
     def _by_state(self, workers: Sequence[WorkerLike]) -> Metric:
         """Every combination has a series, so that a worker that went away reads as 0."""
@@ -121,26 +67,63 @@ class WorkerCollector(Collector):
                 family.add_metric((self._model, role.value, state.value), found[role, state])
         return family
 
-    def _blocks(self, workers: Sequence[WorkerLike]) -> Metric:
-        family = GaugeMetricFamily(
-            self._prefix + "kv_blocks",
-            "KV blocks of a worker.",
-            labels=("model_name", "engine", "kind"),
-        )
-        self._fill(
-            family,
-            workers,
-            lambda load: {
-                "used": load.blocks_used,
-                "cached": load.blocks_cached,
-                "total": load.blocks_total,
-            },
-        )
-        return family
-
 
 def _usage(load: Load) -> float:
     return load.blocks_used / load.blocks_total if load.blocks_total else 0.0
+
+
+_Family: TypeAlias = type[GaugeMetricFamily | CounterMetricFamily]
+_OF_EACH: tuple[tuple[_Family, str, str, Callable[[Load], float]], ...] = (
+    (
+        GaugeMetricFamily,
+        "num_requests_running",
+        "Requests that a worker computes.",
+        lambda load: load.running,
+    ),
+    (
+        GaugeMetricFamily,
+        "num_requests_waiting",
+        "Requests that wait on a worker.",
+        lambda load: load.waiting,
+    ),
+    (GaugeMetricFamily, "kv_cache_usage_perc", "KV blocks in use; 1 means all.", _usage),
+    (
+        GaugeMetricFamily,
+        "engine_degraded",
+        "1 while a part of a worker, such as a cache tier, does not work; /workers says which.",
+        lambda load: bool(load.degraded),
+    ),
+    (
+        CounterMetricFamily,
+        "engine_turn_wait_seconds",
+        "What steps waited for other engines on the same cores (engine.turn_ms).",
+        lambda load: load.turn_wait_s,
+    ),
+    (
+        CounterMetricFamily,
+        "engine_turns_forced",
+        "Steps that began although no other engine on the same cores let them in.",
+        lambda load: load.turns_forced,
+    ),
+)
+_OF_EACH_BY_KIND: tuple[tuple[_Family, str, str, Callable[[Load], Mapping[str, int]]], ...] = (
+    (
+        GaugeMetricFamily,
+        "kv_blocks",
+        "KV blocks of a worker.",
+        lambda load: {
+            "used": load.blocks_used,
+            "cached": load.blocks_cached,
+            "total": load.blocks_total,
+        },
+    ),
+    (
+        CounterMetricFamily,
+        "worker_late",
+        "What came to a worker after its attempt was over, dropped: of its engine, KV reads.",
+        lambda load: {"event": load.late_events, "kv_read": load.late_kv_reads},
+    ),
+)
 
 
 class ShortfallCollector(Collector):
