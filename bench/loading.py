@@ -40,20 +40,15 @@ LAYER_BYTES = 436_207_616  # of such a layer, bfloat16
 
 
 def run() -> Record:
-    try:
-        return _run()
-    finally:
-        shutil.rmtree(KEPT, ignore_errors=True)
-
-
-def _run() -> Record:
     record = Record("loading")
     small = prepare_model(Config().model, default_cache(), lambda step: None).path
-    _measure(record, "0.27 GB", small)
-    _two_at_once(record, "0.27 GB", small)
     free = measure_memory(torch.device("cpu")).free
     layers = int(min(LARGE, SHARE_OF_MEMORY * free) // LAYER_BYTES) - 1
-    with tempfile.TemporaryDirectory(dir=default_cache().parent) as folder:
+    with contextlib.ExitStack() as after:
+        after.callback(shutil.rmtree, KEPT, ignore_errors=True)
+        _measure(record, "0.27 GB", small)
+        _two_at_once(record, "0.27 GB", small)
+        folder = after.enter_context(tempfile.TemporaryDirectory(dir=default_cache().parent))
         large = generate(Path(folder), layers, record.seed)
         size = sum(file.stat().st_size for file in _files(large))
         _measure(record, f"{size / 1e9:.2g} GB, {len(_files(large))} files", large)

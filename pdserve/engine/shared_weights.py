@@ -75,7 +75,7 @@ class Recipe:
     path: Path  # the model's folder
     config: Any
     quantization: Quantization
-    library: CDLL
+    kernels: CDLL
 
     @property
     def family(self) -> str:
@@ -87,8 +87,8 @@ class Recipe:
         """OSError, ModelRefused."""
         quantized = self.quantization is not Quantization.NONE
         blocks = blocks_file(self.path) if quantized else None
-        in_kernels = quantized and groups_work(self.library)
-        facts: list[object] = [torch.__version__, transformers.__version__, in_kernels, _code()]
+        blocks_serve = quantized and groups_work(self.kernels)
+        facts: list[object] = [torch.__version__, transformers.__version__, blocks_serve, _code()]
         files = [self.path / "config.json", *weight_files(self.path)]
         for file in files if blocks is None else [*files, blocks]:
             info = file.stat()
@@ -180,7 +180,7 @@ def _filled(recipe: Recipe, file: Path) -> Weighted:
         opening = thread.submit(open_kept, file)  # reads while the model is built
         empty, kept = _empty(recipe), opening.result()
     notes = kept.notes
-    _put(kept, empty.model, recipe.library)
+    _put(kept, empty.model, recipe.kernels)
     left = empty.unfilled()
     if left:
         raise KeptUnusable(f"{len(left)} of the model's tensors are not kept ({left[0]}, ...)")
@@ -240,7 +240,7 @@ def _gather(model: Any) -> _Gathered:
     return gathered
 
 
-def _put(kept: KeptWeights, model: Any, library: CDLL) -> None:
+def _put(kept: KeptWeights, model: Any, kernels: CDLL) -> None:
     """Each kept tensor to its places in an empty model.
 
     KeptUnusable: it has not these places, or not with these shapes.
@@ -265,19 +265,19 @@ def _put(kept: KeptWeights, model: Any, library: CDLL) -> None:
     if packed.keys() != layers.keys():
         raise KeptUnusable("the packed layers are not those that are told of")
     for path, tensor in packed.items():
-        _put_packed(model, path, tensor, int(layers[path]), library)
+        _put_packed(model, path, tensor, int(layers[path]), kernels)
 
 
-def _put_packed(model: Any, path: str, tensor: torch.Tensor, bits: int, library: CDLL) -> None:
+def _put_packed(model: Any, path: str, tensor: torch.Tensor, bits: int, kernels: CDLL) -> None:
     module = _module(model, path)
     layer: nn.Module
     if type(module) is not nn.Linear:
         raise KeptUnusable(f"{path} is no linear layer")
     try:
         if bits == 16:
-            layer = TiledLinear.over(tensor, module, library)
+            layer = TiledLinear.over(tensor, module, kernels)
         else:
-            layer = QuantizedLinear.over(tensor, bits, module, library)
+            layer = QuantizedLinear.over(tensor, bits, module, kernels)
     except ValueError as error:
         raise KeptUnusable(f"{path}: {error}") from error
     parent, _, own = path.rpartition(".")

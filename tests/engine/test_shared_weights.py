@@ -30,6 +30,7 @@ from pdserve.engine.tiles import TiledLinear, tiles_work
 from pdserve.types import Numerics
 from tests.engine.model_world import CPU, kernel
 from tests.engine.test_fused import folder_of, run_steps
+from tests.engine.test_load_weights import COMMON, CONFIGS, checkpoint
 
 pytestmark = pytest.mark.skipif(
     not tiles_work(kernel()), reason="layers are not packed for our kernels on this processor"
@@ -290,14 +291,8 @@ print(json.dumps({"own": (own() - before) / loaded.weights_bytes, "made": len(ti
 
 def test_of_two_that_start_at_once_one_makes_it_and_neither_holds_a_copy(tmp_path: Path) -> None:
     """Processes, as workers are: what each takes of memory that nobody shares."""
-    config = transformers.LlamaConfig(
-        vocab_size=16000,
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=4,
-        num_attention_heads=16,
-        num_key_value_heads=4,
-    )
+    sizes = {"vocab_size": 16000, "hidden_size": 1024, "intermediate_size": 4096}
+    config = transformers.LlamaConfig(**COMMON | sizes | {"num_hidden_layers": 4})
     with torch.device("meta"):
         empty = transformers.LlamaForCausalLM(config)
     empty.to(torch.bfloat16).to_empty(device=CPU).save_pretrained(tmp_path / "model")
@@ -348,17 +343,7 @@ def test_who_cannot_share_has_a_copy_of_its_own(
 
 def test_a_model_that_the_library_converts_is_not_shared(tmp_path: Path) -> None:
     """Experts are merged: such a model does not simply hold its files' tensors."""
-    config = transformers.MixtralConfig(
-        vocab_size=96,
-        hidden_size=64,
-        intermediate_size=80,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=3,
-    )
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
-    loaded = load(tmp_path / "model", tmp_path / "w")
+    loaded = load(checkpoint(tmp_path / "model", CONFIGS["experts"], 7), tmp_path / "w")
     assert "does not simply hold" in loaded.weights_note
     assert kept_in(tmp_path / "w") == []
 
