@@ -112,6 +112,7 @@ def bench_model(model: Any, max_tokens: int, most_rows: int) -> Bench:
         max_model_len=max_tokens,
         vocab_size=int(model.config.vocab_size),
         weights_bytes=0,
+        weights_mapped=False,
         identity={},
         takes_positions=True,
         weights_note="random",

@@ -47,7 +47,8 @@ class LoadedModel:
     device: torch.device
     max_model_len: int
     vocab_size: int  # width of the logits
-    weights_bytes: int  # what the weights take in memory here
+    weights_bytes: int  # what the weights take in memory
+    weights_mapped: bool  # that memory is one copy of all workers of the host
     weights_note: str  # whether and how they are quantized
     identity: Mapping[str, object]  # of the fingerprint
     takes_positions: bool  # forward() computes logits only where logits_to_keep says
@@ -105,6 +106,7 @@ def load_model(
         max_model_len=length,
         vocab_size=_vocab_size(model, config),
         weights_bytes=_bytes_of(model) + weighted.packed_bytes,
+        weights_mapped=weighted.mapped,
         weights_note=weighted.note,
         identity=_identity(config, weighted.revision, dtype, numerics, quantization),
         takes_positions="logits_to_keep" in inspect.signature(model.forward).parameters,

@@ -68,6 +68,7 @@ class Weighted:
     revision: str  # of all that they were made from
     packed_bytes: int  # of linear layers, which are no parameters any more
     note: str  # for the log
+    mapped: bool = False  # from the one copy of all workers of the host
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +186,7 @@ def _filled(recipe: Recipe, file: Path) -> Weighted:
     if left:
         raise KeptUnusable(f"{len(left)} of the model's tensors are not kept ({left[0]}, ...)")
     note = f"{notes['note']}; one copy for all workers of this host, mapped from {file}"
-    return Weighted(empty.model, notes["revision"], notes["packed_bytes"], note)
+    return Weighted(empty.model, notes["revision"], notes["packed_bytes"], note, mapped=True)
 
 
 def _keep(file: Path, recipe: Recipe, made: Weighted) -> Weighted:

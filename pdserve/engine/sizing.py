@@ -24,7 +24,8 @@ MIN_BLOCKS = 2
 class SizingInputs:
     """``memory`` was measured before any worker of the host loaded its weights; each takes an
     equal part. ``tier_bytes``: of that part, for other caches. ``capped``: engine.pool_bytes_max
-    holds (CPU workers)."""
+    holds (CPU workers). ``weights_holders``: workers that hold one copy of the weights together,
+    and take an equal part of it, too."""
 
     memory: Memory
     weights_bytes: int
@@ -32,6 +33,7 @@ class SizingInputs:
     max_model_len: int
     capped: bool
     tier_bytes: int = 0
+    weights_holders: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,13 @@ def size_pool(
 
     DoesNotFit when the fixed number, or MIN_BLOCKS of a computed one, does not fit.
     """
-    beside = inputs.weights_bytes + inputs.tier_bytes
+    weights = inputs.weights_bytes
+    weights_text = f"weights {_size(weights)}"
+    # A fixed pool has all of the memory as its limit, and the whole copy is in there.
+    if inputs.weights_holders > 1 and not pool_blocks:
+        weights = -(-weights // inputs.weights_holders)
+        weights_text = f"1/{inputs.weights_holders} of {weights_text}"
+    beside = weights + inputs.tier_bytes
     if pool_blocks:
         blocks, limit = pool_blocks, inputs.memory.free
         share = f"{_size(limit)} {inputs.memory.source}"
@@ -90,7 +98,7 @@ def size_pool(
     tiers = f" + cache tiers {_size(inputs.tier_bytes)}" if inputs.tier_bytes else ""
     holds = blocks * layout.block_size
     text = (
-        f"weights {_size(inputs.weights_bytes)} + pool {blocks} blocks x "
+        f"{weights_text} + pool {blocks} blocks x "
         f"{_size(layout.span_bytes)} ({holds} tokens){tiers} = {_size(need)}, of {share}"
     )
     if need > limit:

@@ -13,6 +13,7 @@ import torch
 
 from cache_tiers.keys import KeyMaker
 from pdserve.config import Config, EngineConfig, ModelConfig
+from pdserve.engine import shared_weights
 from pdserve.engine.api import Event, Failed, Job, SeqId, Submit, Tokens
 from pdserve.engine.build import BuiltEngine, build_engine
 from pdserve.engine.host_memory import HostShare, Memory
@@ -192,6 +193,32 @@ def test_a_pool_is_as_large_as_the_host_was_when_the_cluster_started(tmp_path: P
     assert sizes[0] == sizes[1]
     assert abs(sizes[0] - sizes[2] - 3 * 2**20 / span) <= 1
     assert (sizes[0] - 1) * span < 16 * 2**20
+
+
+@pytest.mark.skipif(not tiles_work(kernel()), reason="its layers are not packed here")
+def test_the_weights_that_workers_map_are_divided_among_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_weights, "LEAST_BYTES", 1)
+    folder = folder_of("llama, 6 heads of 64 under 2, tied")
+    then = Memory(64 * 2**20, "as measured then")
+    blocks = {}
+    for share_weights in (False, True):
+        built = build(
+            queue.Queue(),
+            tmp_path,
+            folder=folder,
+            numerics="fast",
+            pool_blocks=0,
+            workers=2,
+            memory=then,
+            memory_fraction=0.5,
+            share_weights=share_weights,
+        )
+        blocks[share_weights] = built.memory.num_blocks
+        assert share_weights == any(note.startswith("1/2 of weights") for note in built.notes)
+        built.close()
+    assert blocks[True] > blocks[False]
 
 
 def test_what_cannot_be_built(tmp_path: Path) -> None:

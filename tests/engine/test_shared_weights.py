@@ -119,8 +119,10 @@ def test_the_first_makes_it_and_the_next_map_it(
     for loaded in (first, second):
         same(loaded, expected)
         assert is_mapped(loaded, file), "it has a copy of its own"
+        assert loaded.weights_mapped
         assert str(file) in loaded.weights_note
     assert not is_mapped(expected, file)
+    assert not expected.weights_mapped
     tied = name == TIED and quantization is Quantization.NONE
     embeddings = second.model.get_input_embeddings().weight
     assert not tied or embeddings.shape[0] == second.vocab_size
@@ -338,6 +340,7 @@ def test_who_cannot_share_has_a_copy_of_its_own(
         assert file.stat().st_mode & 0o777 == 0o600
     else:
         assert "of this worker's own" in loaded.weights_note
+        assert not loaded.weights_mapped
         assert not shared.is_dir() or not kept_in(shared)
 
 

@@ -81,6 +81,23 @@ def test_the_cap_holds_on_cpu_alone() -> None:
     assert size_pool(uncapped, LAYOUT, engine, 0).blocks == 406
 
 
+def test_one_copy_of_the_weights_is_paid_for_once() -> None:
+    """A model that fits once, but not twice, is served by two workers that map one copy."""
+    twice = dataclasses.replace(INPUTS, weights_bytes=300 * 10**6)
+    with pytest.raises(DoesNotFit):
+        size_pool(twice, LAYOUT, ENGINE, 0)
+    once = dataclasses.replace(twice, weights_holders=2)
+    size = size_pool(once, LAYOUT, ENGINE, 0)
+    assert size.blocks == (10**9 // 4 - 150 * 10**6) // BLOCK == 271
+    assert size.sum.startswith("1/2 of weights 300 MB + pool 271 blocks x 369 kB (4336 tokens) = ")
+    # All workers together stay within what they were given.
+    assert 300 * 10**6 + 2 * size.blocks * BLOCK <= 10**9 // 2
+    fixed = (10**9 - 300 * 10**6) // BLOCK
+    assert size_pool(once, LAYOUT, ENGINE, fixed).blocks == fixed
+    with pytest.raises(DoesNotFit, match="weights 300 MB"):
+        size_pool(once, LAYOUT, ENGINE, fixed + 1)
+
+
 def test_a_fixed_number_is_taken_or_refused() -> None:
     size = size_pool(INPUTS, LAYOUT, ENGINE, 7)
     assert (size.blocks, size.longest) == (7, 112)
