@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch import nn
 
 from pdserve.engine.model import load_model
 from pdserve.engine.quantized import Quantization, can_quantize, dequantize, quantize
+from pdserve.engine.quantized_linear import groups_work
 from pdserve.types import Numerics
 from tests.e2e.clusters import BLOCK, CHUNK, SMOLLM2, Clusters, Variant
 from tests.e2e.oracle import Oracle
@@ -61,11 +63,28 @@ def test_exact_numerics_serve_the_dequantized_weights(clusters: Clusters) -> Non
     assert answers(clusters, variant, asked) == expected
 
 
+FAST = ("model.numerics=fast", "model.dtype=auto", "model.quantization=int8")
+IN_KERNELS = Variant(SMOLLM2, "tcp", "roomy", settings=FAST)
+
+
 def test_the_kernels_write_the_same_tokens_on_both_sides_of_a_hand_off(clusters: Clusters) -> None:
-    settings = ("model.numerics=fast", "model.dtype=auto", "model.quantization=int8")
-    variant = Variant(SMOLLM2, "tcp", "roomy", settings=settings)
     asked = prompts(49_000)
-    assert answers(clusters, variant, asked) == one_process(clusters.model(SMOLLM2), asked)
+    assert answers(clusters, IN_KERNELS, asked) == one_process(clusters.model(SMOLLM2), asked)
+
+
+@pytest.mark.skipif(not groups_work(kernel()), reason="its layers are not fused here: no turns")
+def test_workers_on_the_same_cores_tell_what_they_wait_for_each_other(clusters: Clusters) -> None:
+    cluster = clusters.get(IN_KERNELS)
+    draw = random.Random(SEED)
+    # The later ones are read while the first are written.
+    asked = [tuple(draw.randrange(5, 49_000) for _ in range(200)) for _ in range(8)]
+    cluster.caller.ask_all(asked, ROOM)
+    cluster.wait(lambda: all(worker["turn_wait_s"] > 0 for worker in cluster.workers()), 10.0)
+    with urllib.request.urlopen(cluster.http + "/metrics", timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    told = [line for line in lines if line.startswith("pdserve:engine_turn_wait_seconds_total{")]
+    assert len(told) == 2
+    assert all(float(line.rsplit(" ", 1)[1]) > 0 for line in told)
 
 
 def one_process(folder: Path, asked: Sequence[tuple[int, ...]]) -> list[object]:
