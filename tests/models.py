@@ -6,8 +6,11 @@ core is fast. The same family and seed always give the same folder content.
 
 from __future__ import annotations
 
+import atexit
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -29,6 +32,14 @@ CORPUS = (
     "Numbers: 0 1 2 3 4 5 6 7 8 9, sums and differences; (brackets) [too] {as well}.",
     "Größe, naïve café, Ελληνικά, 日本語, emoji 🙂 — so that bytes are split inside characters.",
 )
+
+
+def lasting_folder(name: str) -> Path:
+    """For what is made once and used by many tests: there until this process ends."""
+    folder = Path(mkdtemp(prefix=f"pdserve-{name}-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
 
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,

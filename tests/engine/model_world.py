@@ -8,7 +8,6 @@ from ctypes import CDLL
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from pdserve.engine.runner import ModelRunner
 from pdserve.engine.step import Row, RowResult, SamplerState
 from pdserve.engine.turns import Turn
 from pdserve.types import Numerics, Sampling
-from tests.models import tiny_model
+from tests.models import lasting_folder, tiny_model
 
 GREEDY = Sampling(max_tokens=64, temperature=0.0)
 CPU = torch.device("cpu")
@@ -42,14 +41,14 @@ PROCESSORS: Mapping[str, tuple[str, ...]] = {
 @cache
 def kernel(processor: str = HERE) -> CDLL:
     """The native kernel, built once for the test run."""
-    loading = load_native(Path(mkdtemp(prefix="pdserve-kernel-")), PROCESSORS[processor])
+    loading = load_native(lasting_folder("kernel"), PROCESSORS[processor])
     assert loading.kernels is not None, loading.reason
     return loading.kernels
 
 
 @cache
 def family_folder(family: str, seed: int = 3) -> Path:
-    return tiny_model(family, Path(mkdtemp(prefix=f"pdserve-{family}-")), seed)
+    return tiny_model(family, lasting_folder(family), seed)
 
 
 @cache

@@ -11,7 +11,6 @@ import itertools
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
@@ -34,7 +33,7 @@ from tests.engine.model_world import (
     kernel,
     running,
 )
-from tests.models import VOCAB, randomize, write_tokenizer
+from tests.models import VOCAB, lasting_folder, randomize, write_tokenizer
 
 pytestmark = pytest.mark.skipif(
     not tiles_work(kernel()), reason="this processor has neither AVX-512 nor AVX2, or has AMX"
@@ -87,7 +86,7 @@ SHAPES = {
 
 @cache
 def folder_of(name: str) -> Path:
-    folder = Path(mkdtemp(prefix="pdserve-fused-"))
+    folder = lasting_folder("fused")
     model = transformers.AutoModelForCausalLM.from_config(SHAPES[name](), dtype=torch.float64)
     randomize(model, 17)
     model.save_pretrained(folder)

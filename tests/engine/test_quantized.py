@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import gguf
@@ -26,7 +25,7 @@ from pdserve.errors import ConfigError, ModelRefused
 from pdserve.types import Numerics
 from tests.engine.model_world import CPU, HERE, family_folder, kernel
 from tests.engine.test_fused import SHAPES, folder_of, run_steps
-from tests.models import write_tokenizer
+from tests.models import lasting_folder, write_tokenizer
 
 needs_kernels = pytest.mark.skipif(
     not kernel().pdserve_has_groups(), reason="this processor has no AVX-512 with VBMI"
@@ -111,7 +110,7 @@ def test_the_kernels_multiply_with_the_dequantized_weights(
 @cache
 def narrow_folder(name: str) -> Path:
     """The model in bfloat16: read as whatever, it is quantized to the same codes."""
-    folder = Path(mkdtemp(prefix="pdserve-narrow-"))
+    folder = lasting_folder("narrow")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder_of(name), dtype=torch.bfloat16)
     model.save_pretrained(folder)
     write_tokenizer(folder)
