@@ -61,6 +61,9 @@ class WorkerPlan:
     role: Role
     gpus: float  # share of a GPU; 0 runs on the CPU
     sharing: int  # workers, this one included, that share its memory
+    # Of these, those that are sized as if they held one copy of the weights together. One that
+    # comes later may find nobody who maps its copy: it is sized as if it held one alone.
+    weights_holders: int = 1
 
 
 def counts(config: Config) -> dict[Role, int]:
@@ -95,7 +98,7 @@ def plan_pools(config: Config, gpus: float, nodes: int) -> tuple[WorkerPlan, ...
         sharing = max(1, math.ceil(total / math.floor(gpus)))
         share = 1.0 if sharing == 1 else math.floor(1000 / sharing) / 1000
     return tuple(
-        WorkerPlan(WorkerId(f"{role.value}-{index}"), role, share, sharing)
+        WorkerPlan(WorkerId(f"{role.value}-{index}"), role, share, sharing, sharing)
         for role, count in wanted.items()
         for index in range(count)
     )
@@ -318,6 +321,7 @@ class Pools:
             device="cuda:0" if plan.gpus else "cpu",
             threads=spec.threads,
             workers_on_host=plan.sharing,
+            weights_holders=plan.weights_holders,
         )
         log = str(spec.logs / f"{plan.id}.log") if spec.logs is not None else ""
         return ActorBoot(worker, spec.modules[plan.role], log, self._memory)

@@ -145,7 +145,7 @@ def _sizing_inputs(
         max_model_len=loaded.max_model_len,
         capped=on_host,
         tier_bytes=share.tier_bytes if on_host else 0,
-        weights_holders=share.workers if loaded.weights_mapped else 1,
+        weights_holders=share.weights_holders if loaded.weights_mapped else 1,
     )
 
 

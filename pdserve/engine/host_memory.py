@@ -32,6 +32,7 @@ class HostShare:
     workers: int = 1  # that share it, each an equal part
     memory: Memory | None = None  # None: measured when the worker starts
     tier_bytes: int = 0  # of its part, for the cache tiers below the pool
+    weights_holders: int = 1  # who pay for one copy of the weights together, where they map it
 
 
 def measure_host() -> Memory:

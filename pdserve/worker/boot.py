@@ -33,6 +33,8 @@ class WorkerBoot:
     threads: int = 0  # 0: all cores
     # CPU workers that share this host's memory, for sizing the pool.
     workers_on_host: int = 1
+    # Of these, those that pay for one copy of the weights together where they map it.
+    weights_holders: int = 1
     # Of this host when the cluster started, so that a worker that starts again is as large as it
     # was; None: a host that came later, measured when the worker starts.
     memory: Memory | None = None

@@ -78,7 +78,7 @@ class WorkerCore:
             has_tiers=tier_bytes > 0,
             sink=self.bridge.sink,
             on_broken=end_process,
-            share=HostShare(boot.workers_on_host, boot.memory, tier_bytes),
+            share=HostShare(boot.workers_on_host, boot.memory, tier_bytes, boot.weights_holders),
         )
         for note in self.built.notes:
             logger.info("%s: %s", boot.worker_id, note)

@@ -256,10 +256,14 @@ def devices(folder: Path, worker: str) -> set[str]:
     return set(line.removeprefix("devices ").split(","))
 
 
-def test_plans_share_what_there_is() -> None:
-    from pdserve.cluster.pools import plan_pools
+def test_plans_share_what_there_is(node: ray_node.RayNode) -> None:
+    from pdserve.cluster.pools import plan_pools, plan_worker
 
     cpu = Config(pools=PoolsConfig(prefill=2, decode=3))
+    assert [p.weights_holders for p in plan_pools(cpu, 8, 1)] == [5] * 5
+    # The one that was there may hold a copy of its own: who comes to it pays for all of another.
+    added = plan_worker(cpu, WorkerId("decode-7"), Role.DECODE, 1, node)
+    assert (added.sharing, added.weights_holders) == (2, 1)
     assert [(p.gpus, p.sharing) for p in plan_pools(cpu, 8, 1)] == [(0.0, 5)] * 5
     assert [p.sharing for p in plan_pools(cpu, 0, 5)] == [1] * 5
     gpu = Config(pools=PoolsConfig(prefill=1, decode=2, gpus_per_worker=1))

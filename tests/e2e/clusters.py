@@ -276,7 +276,11 @@ class Clusters:
         )
         cluster = start_cluster(config, ray=self.ray)
         running = Running(cluster, context)
-        running.wait_ready()
+        try:
+            running.wait_ready()
+        except BaseException:
+            running.stop()
+            raise
         return running
 
 

@@ -61,10 +61,12 @@ def locked(clusters: Clusters, folder: Path) -> Iterator[Cluster]:
         {"name": "locked", "state_dir": str(folder / "state")},
     )
     running = Running(start_cluster(config, ray=clusters.ray), CONTEXT, api_key=KEYS[0])
-    # A decode worker that is ready first would answer alone.
-    running.wait_ready()
-    yield running.cluster
-    running.stop()
+    try:
+        # A decode worker that is ready first would answer alone.
+        running.wait_ready()
+        yield running.cluster
+    finally:
+        running.stop()
 
 
 def ask(cluster: Cluster, key: str, prompt: tuple[int, ...]) -> pb.Usage:

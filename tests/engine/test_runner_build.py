@@ -37,6 +37,7 @@ def build(
     workers: int = 1,
     memory: Memory | None = None,
     tier_bytes: int = 0,
+    holders: int = 1,
     folder: Path | None = None,
     numerics: str = "exact",
     threads: int = 1,
@@ -61,7 +62,7 @@ def build(
         hasher=MAKER.child,
         has_tiers=False,
         sink=sink,
-        share=HostShare(workers, memory, tier_bytes),
+        share=HostShare(workers, memory, tier_bytes, holders),
     )
 
 
@@ -203,7 +204,8 @@ def test_the_weights_that_workers_map_are_divided_among_them(
     folder = folder_of("llama, 6 heads of 64 under 2, tied")
     then = Memory(64 * 2**20, "as measured then")
     blocks = {}
-    for share_weights in (False, True):
+    # The last one maps the copy, too, but others need not.
+    for share_weights, holders in ((False, 2), (True, 2), (True, 1)):
         built = build(
             queue.Queue(),
             tmp_path,
@@ -211,14 +213,16 @@ def test_the_weights_that_workers_map_are_divided_among_them(
             numerics="fast",
             pool_blocks=0,
             workers=2,
+            holders=holders,
             memory=then,
             memory_fraction=0.5,
             share_weights=share_weights,
         )
-        blocks[share_weights] = built.memory.num_blocks
-        assert share_weights == any(note.startswith("1/2 of weights") for note in built.notes)
+        blocks[share_weights, holders] = built.memory.num_blocks
+        divided = any(note.startswith("1/2 of weights") for note in built.notes)
+        assert divided == (share_weights and holders == 2)
         built.close()
-    assert blocks[True] > blocks[False]
+    assert blocks[True, 2] > blocks[False, 2] == blocks[True, 1]
 
 
 def test_what_cannot_be_built(tmp_path: Path) -> None:

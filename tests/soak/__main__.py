@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pdserve.cluster.ray_node import LOCAL, start_ray
+from pdserve.config import RedisTierConfig
 from tests.e2e.clusters import Clusters, Variant
 from tests.soak.cases import make_cases
 from tests.soak.long_forms import run_long_forms
@@ -32,7 +33,13 @@ LONG = "long"
 PHASES = ("steady", "kills", "hangs", "aborts", "rolling", LONG)
 # Silent for 2 s is suspect: with the 8 s that streams may pause, a hang of 12 s that nobody notices
 # breaks the bound. Suspect workers are killed after 30 s, so that one that hangs so long wakes.
-SETTINGS = ("timers.heartbeat_s=0.5", "timers.dead_after_s=2", "router.policy=round_robin")
+# A Redis that hangs is given up at once, as by default.
+SETTINGS = (
+    "timers.heartbeat_s=0.5",
+    "timers.dead_after_s=2",
+    "router.policy=round_robin",
+    f"cache.redis.timeout_s={RedisTierConfig().timeout_s:g}",
+)
 VARIANT = Variant("llama", "shm", "roomy", prefill=2, decode=2, settings=SETTINGS)
 DESCRIBED = (
     "2 prefill, 2 decode, tiny Llama (float64, random weights), {}, Redis, "
