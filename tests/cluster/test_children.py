@@ -211,3 +211,51 @@ def test_children_die_with_a_killed_owner(tmp_path: Path) -> None:
     owner.kill()
     owner.wait()
     assert orphans.wait_gone(pid, 5)
+
+
+BUSY_OWNER = """
+import subprocess, threading
+from concurrent.futures import ThreadPoolExecutor
+from pdserve.cluster.child import Child
+import grpc
+
+class Echo(grpc.GenericRpcHandler):
+    def service(self, details):
+        return grpc.unary_unary_rpc_method_handler(lambda request, context: request)
+
+server = grpc.server(ThreadPoolExecutor(4))
+server.add_generic_rpc_handlers((Echo(),))
+port = server.add_insecure_port("127.0.0.1:0")
+server.start()
+over = threading.Event()
+
+def ask():
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        while not over.is_set():
+            channel.unary_unary("/a/b")(b"x")
+
+asking = [threading.Thread(target=ask) for _ in range(4)]
+for one in asking:
+    one.start()
+ended = [subprocess.Popen(["true"], preexec_fn=lambda: None).wait(10) for _ in range(100)]
+over.set()
+for one in asking:
+    one.join()
+server.stop(None)
+print(sorted(set(ended)))
+"""
+
+
+def test_children_start_while_their_owner_uses_grpc() -> None:
+    """gRPC's own handlers of a fork abort one of a hundred, about, before it is another program."""
+    environment = {k: v for k, v in os.environ.items() if k != "GRPC_ENABLE_FORK_SUPPORT"}
+    done = subprocess.run(
+        [sys.executable, "-c", BUSY_OWNER],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert done.stdout == "[0]\n"
+    assert "fork" not in done.stderr

@@ -11,13 +11,14 @@ from functools import partial
 import grpc
 import pytest
 
+from pdserve.faults import Action, Step
 from tests.e2e.ask import Caller, request
 from tests.e2e.clusters import BLOCK, CHUNK, Clusters, Variant
 
 pytestmark = pytest.mark.cluster
 
 SEED = 7
-ROOMY = Variant("llama", "shm", "roomy")
+ROOMY = Variant("llama", "shm", "roomy", settings=("testing.faults=true",))
 SAMPLED = {"temperature": 1.0, "top_p": 0.95, "top_k": 60}
 
 
@@ -110,6 +111,9 @@ def test_the_second_turn_finds_prompt_and_answer(clusters: Clusters) -> None:
 
 def test_chunks_move_while_the_next_one_is_computed(clusters: Clusters) -> None:
     cluster = clusters.get(ROOMY)
+    # Each chunk takes longer than a hand-off of the one before does on a busy machine.
+    for nth in range(2, 7):
+        cluster.arm("prefill", Step.ENGINE_STEP, Action.HANG, nth, 0.5)
     answer = cluster.caller.ask(fresh("overlap", 6 * CHUNK), 2)
     chunks = list(answer.usage.chunks)
     assert len(chunks) >= 4
