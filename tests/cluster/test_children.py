@@ -247,7 +247,7 @@ print(sorted(set(ended)))
 
 
 def test_children_start_while_their_owner_uses_grpc() -> None:
-    """gRPC's own handlers of a fork abort one of a hundred, about, before it is another program."""
+    """gRPC's own handlers of a fork abort a child now and then, before it is another program."""
     environment = {k: v for k, v in os.environ.items() if k != "GRPC_ENABLE_FORK_SUPPORT"}
     done = subprocess.run(
         [sys.executable, "-c", BUSY_OWNER],
