@@ -35,12 +35,17 @@ def listeners(pids: Iterable[int]) -> list[Listener]:
     found: list[Listener] = []
     for pid in pids:
         inodes = _socket_inodes(pid)
-        command = _command(pid)
+        command = _command(pid)[:200]
         for protocol in ("tcp", "tcp6", "udp", "udp6"):
             for inode, (address, port) in _bound(pid, protocol).items():
                 if inode in inodes:
                     found.append(Listener(pid, protocol, address, port, command))
     return found
+
+
+def commands(pids: Iterable[int]) -> dict[int, str]:
+    """Their command lines; empty for those that have ended."""
+    return {pid: _command(pid) for pid in pids}
 
 
 def with_mark(*marks: str) -> list[int]:
@@ -61,7 +66,7 @@ def _read(pid: int, name: str) -> bytes:
 
 
 def _command(pid: int) -> str:
-    return _read(pid, "cmdline").replace(b"\0", b" ").decode(errors="replace")[:200]
+    return _read(pid, "cmdline").replace(b"\0", b" ").decode(errors="replace")
 
 
 def _socket_inodes(pid: int) -> set[str]:

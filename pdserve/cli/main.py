@@ -181,7 +181,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    from pdserve.errors import ConfigError, PdserveError  # noqa: PLC0415  (brings in gRPC)
+    importlib.import_module("pdserve.cluster")  # has a word with gRPC before it comes in
+    from pdserve.errors import ConfigError, PdserveError  # noqa: PLC0415
 
     try:
         command = importlib.import_module(f"pdserve.cli.{parsed.command}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -33,8 +34,9 @@ def test_times_and_counts_are_those_of_the_script(tmp_path: Path) -> None:
     # Sleeps are never short; on a busy machine they are long.
     whole_s = FIRST_S + 5 * GAP_S
     for name, least_s in (("ttft", FIRST_S), ("itl", GAP_S), ("tpot", GAP_S), ("e2e", whole_s)):
-        median = latencies[name]["p50"]["value"]
-        assert 0.8 * least_s * 1e3 <= median < least_s * 1e3 + 400, name
+        medians = latencies[name]["p50"]["repeats"]
+        assert 0.8 * least_s * 1e3 <= min(medians) < least_s * 1e3 + 400, name
+        assert latencies[name]["p50"]["value"] == pytest.approx(statistics.fmean(medians))
     for by_percent in latencies.values():
         for estimate in by_percent.values():
             assert len(estimate["repeats"]) == 3
@@ -75,7 +77,7 @@ def test_whatever_goes_wrong_is_counted_and_shown(
 ) -> None:
     acts = (Act.REFUSE, Act.BREAK, Act.FAIL_LATE, Act.CUT, Act.RESET, Act.GARBAGE, Act.HANG)
     # One at a time, so that the script meets the requests in their order.
-    arguments = ("--rate", "inf", "--concurrency", "1", "--warmup", "0", "--timeout", "0.5")
+    arguments = ("--rate", "inf", "--concurrency", "1", "--warmup", "0", "--timeout", "3")
     with serve(*acts, Act.SHORT) as server:
         status, result = bench(
             server, tmp_path / "r.json", *arguments, "--requests", "9", "--output-tokens", "3"
@@ -95,7 +97,7 @@ def test_whatever_goes_wrong_is_counted_and_shown(
         "no [DONE]": 1,
         "ClientPayloadError": 1,
         "not the API's events": 1,
-        "no end within 0.5 s": 1,
+        "no end within 3 s": 1,
     }
     assert result["short_answers"] == 1
     assert result["rates"]["slo_attainment"]["value"] == pytest.approx(2 / 9)
@@ -116,14 +118,18 @@ def test_nothing_answered_is_a_failure_with_its_reasons_kept(tmp_path: Path) -> 
 
 
 def test_waiting_for_a_turn_counts_as_the_requests_own_time(tmp_path: Path) -> None:
-    arguments = ("--rate", "inf", "--requests", "4", "--output-tokens", "2", "--warmup", "0")
+    load = ("--rate", "inf", "--requests", "4", "--output-tokens", "2", "--warmup", "0")
+    arguments = (*load, "--repeats", "3")
     with serve() as server:
         _, free = bench(server, tmp_path / "free.json", *arguments)
         assert server.in_flight_max == 4
     with serve() as server:
         _, capped = bench(server, tmp_path / "capped.json", *arguments, "--concurrency", "1")
         assert server.in_flight_max == 1
-    longest = [max(s["ttft_s"] for s in result["samples"][0]) for result in (free, capped)]
+    # In the quickest of the repeats: a machine that stands still does not do so each time.
+    longest = [
+        min(max(s["ttft_s"] for s in run) for run in result["samples"]) for result in (free, capped)
+    ]
     assert longest[0] < longest[1]
     assert longest[1] > 3 * (FIRST_S + GAP_S)
     assert capped["latencies_ms"]["send_delay"]["p99"]["value"] > 100
@@ -131,10 +137,10 @@ def test_waiting_for_a_turn_counts_as_the_requests_own_time(tmp_path: Path) -> N
 
 def test_a_slow_server_does_not_slow_the_arrivals(tmp_path: Path) -> None:
     """50 requests a second, each of which takes longer than ten gaps."""
-    arguments = ("--rate", "50", "--requests", "10", "--output-tokens", "8", "--warmup", "0")
+    load = ("--rate", "50", "--requests", "10", "--output-tokens", "8", "--warmup", "0")
     with serve() as server:
-        _, result = bench(server, tmp_path / "r.json", *arguments)
-    assert result["latencies_ms"]["send_delay"]["p50"]["value"] < 100
+        _, result = bench(server, tmp_path / "r.json", *load, "--repeats", "3")
+    assert min(result["latencies_ms"]["send_delay"]["p50"]["repeats"]) < 100
     assert server.in_flight_max > 3
     assert result["workload"]["duration_s"] < result["wall_s"][0]
 

@@ -104,13 +104,13 @@ def test_a_million_keys_are_looked_up_fast() -> None:
         index.stored(worker, [key(n) for n in range(i * 50_000, (i + 1) * 50_000)])
     assert index.keys == 1_000_000
     wanted = [key(n) for n in range(50_000, 50_512)]
-    start = time.perf_counter()
+    start = time.thread_time()
     for _ in range(20):
         assert index.longest_all(wanted) == {workers[1]: 512}
-    assert (time.perf_counter() - start) / 20 < 0.005
-    start = time.perf_counter()
+    assert (time.thread_time() - start) / 20 < 0.005
+    start = time.thread_time()
     index.drop(workers[1])
-    assert time.perf_counter() - start < 0.1
+    assert time.thread_time() - start < 0.1
 
 
 def test_the_router_needs_no_torch_for_it() -> None:

@@ -100,7 +100,7 @@ def test_a_server_that_trickles_is_given_up_at_the_deadline() -> None:
     assert wire.bulk_header() == 100000
     with pytest.raises(WireTimeout):
         wire.read_into(memoryview(bytearray(100000)))
-    assert time.monotonic() - start < 0.6
+    assert time.monotonic() - start < 10, "whoever waits for all of it waits for 1,000 s"
     stop.set()
     thread.join()
     ours.close()

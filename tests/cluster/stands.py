@@ -191,15 +191,17 @@ class Renewals:
             self._renew,
         )
         self.head = "first"
+        self.looks = 0
         patch.setattr(ray, "nodes", lambda: [self._node()])
         patch.setattr(ray_tables, "process_of", lambda actor: actor.process)
         self.membership.start()
         assert self.present()
-        time.sleep(1.5)  # it looks each second
+        eventually(lambda: self.looks >= 2)  # so the first one has been taken down
         self.head = "second"
         eventually(lambda: self.membership._returns)
 
     def _node(self) -> dict[str, Any]:
+        self.looks += 1
         return {"NodeID": self.head, "Alive": True, "Resources": {"node:__internal_head__": 1.0}}
 
     def _renew(self, worker: WorkerId, actor: Any) -> Any | None:

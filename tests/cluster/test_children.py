@@ -214,8 +214,10 @@ def test_children_die_with_a_killed_owner(tmp_path: Path) -> None:
 
 
 BUSY_OWNER = """
-import subprocess, threading
+import subprocess, sys, threading
 from concurrent.futures import ThreadPoolExecutor
+from pdserve.cli import main
+main.main(["status", "--name", "there-is-none"])  # imports what every command imports, in order
 from pdserve.cluster.child import Child
 import grpc
 
@@ -230,25 +232,28 @@ server.start()
 over = threading.Event()
 
 def ask():
+    asked = 0
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         while not over.is_set():
             channel.unary_unary("/a/b")(b"x")
+            asked += 1
+    return asked
 
-asking = [threading.Thread(target=ask) for _ in range(4)]
-for one in asking:
-    one.start()
-ended = [subprocess.Popen(["true"], preexec_fn=lambda: None).wait(10) for _ in range(100)]
-over.set()
-for one in asking:
-    one.join()
+with ThreadPoolExecutor(4) as threads:
+    asking = [threads.submit(ask) for _ in range(4)]
+    ended = [subprocess.Popen(["true"], preexec_fn=lambda: None).wait(10) for _ in range(100)]
+    over.set()
+assert all(one.result() for one in asking)
 server.stop(None)
 print(sorted(set(ended)))
 """
 
 
-def test_children_start_while_their_owner_uses_grpc() -> None:
+@pytest.mark.parametrize("given", [{}, {"GRPC_ENABLE_FORK_SUPPORT": "1"}], ids=["unset", "on"])
+def test_children_start_while_their_owner_uses_grpc(given: dict[str, str]) -> None:
     """gRPC's own handlers of a fork abort a child now and then, before it is another program."""
-    environment = {k: v for k, v in os.environ.items() if k != "GRPC_ENABLE_FORK_SUPPORT"}
+    others = {k: v for k, v in os.environ.items() if k != "GRPC_ENABLE_FORK_SUPPORT"}
+    environment = {**others, **given}
     done = subprocess.run(
         [sys.executable, "-c", BUSY_OWNER],
         env=environment,

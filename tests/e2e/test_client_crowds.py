@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -11,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 import grpc
@@ -108,7 +109,7 @@ def test_clients_that_do_not_read_cost_bounded_memory_and_nobody_else(
             survivors.check()
             most = max(most, rss_bytes(pid))
         late = began + HTTP_DEADLINE_S + 1 - time.monotonic()
-        cluster.wait(lambda: in_flight(cluster) == 0, late)
+        cluster.wait(lambda: in_flight(cluster) == 0, max(late, 0.0))
         print(f"router: {before / 2**20:.0f} MiB before, {most / 2**20:.0f} MiB at most")
         assert most - before < GROWTH_BYTES
         for call in calls:
@@ -239,14 +240,16 @@ def test_four_times_the_load_is_refused_quickly_and_served_nearly_as_before(
         after = refusals(cluster)
         within = {le: after[le] - counted[le] for le in after}
         client_p99 = sorted(late)[int(len(late) * 0.99)]
-        peak, goodput = mean(peaks), mean(goodputs)
-        print(f"peaks {peaks}, goodputs {goodputs} a second: {goodput / peak:.2f}; {dict(ends)}")
+        # Each stretch against those beside it; the machine may disturb one of them.
+        beside = [mean(pair) for pair in itertools.pairwise(peaks)]
+        ratios = [rate / peak for rate, peak in zip(goodputs, beside, strict=True)]
+        print(f"peaks {peaks}, goodputs {goodputs} a second: {ratios}; {dict(ends)}")
         print(f"refusals by le: {within}; p99 at the client {1000 * client_p99:.1f} ms")
         print(f"the router grew by {grown / 2**20:.1f} MiB")
         assert set(ends) == {"answered", "refused"}
         assert ends["refused"] > ends["answered"]
         assert within["0.05"] >= 0.99 * within["+Inf"] > 0
-        assert goodput >= 0.8 * peak
+        assert median(ratios) >= 0.8
         assert grown < GROWTH_BYTES
 
 

@@ -20,7 +20,7 @@ import pytest
 from pdserve.faults import Action, Step
 from tests.e2e.clusters import Clusters, Running
 from tests.e2e.test_faults import TOLERANT, prompts, run_all
-from tests.sockets import with_mark
+from tests.sockets import commands, with_mark
 
 pytestmark = pytest.mark.cluster
 
@@ -32,10 +32,7 @@ TOLD_S = 6.0
 
 def process(clusters: Clusters, part: str) -> int:
     """The one process of Ray that has ``part`` in its command."""
-    named = {
-        pid: Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-        for pid in with_mark(clusters.ray.mark)
-    }
+    named = commands(with_mark(clusters.ray.mark))
     (found,) = [pid for pid, command in named.items() if part in command]
     return found
 

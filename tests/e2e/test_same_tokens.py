@@ -73,13 +73,20 @@ def fresh(rng: random.Random, oracle: Oracle, length: int) -> tuple[int, ...]:
 
 
 def warm(
-    cluster: Clusters.Running, caller: Caller, prompt: tuple[int, ...], cache: str, room: int
+    cluster: Clusters.Running,
+    caller: Caller,
+    prompt: tuple[int, ...],
+    cache: str,
+    room: int,
+    times: int,
 ) -> None:
     """Leaves the prompt's blocks in the tier named, and in no faster one."""
     if cache == "cold":
         return
-    caller.ask(prompt, room)
-    cluster.settle()
+    # What a tier had no time for, as in a tight pool, is offered to it again when it is found.
+    for _ in range(times):
+        caller.ask(prompt, room)
+        cluster.settle()
     if cache != "device":
         cluster.flush("device")
     if cache == "redis":
@@ -101,7 +108,7 @@ def test_tokens_equal_the_oracle(
     expected = oracle.greedy(prompt, room)
     record_property("margin", expected.margin)
     caller = cluster.caller
-    warm(cluster, caller, prompt, case["cache"], room)
+    warm(cluster, caller, prompt, case["cache"], room, 2 if case["pool"] == "tight" else 1)
     others: list[tuple[int, ...]] = []
     if case["batch"] == "mixed":
         lengths = [rng.choice((1, BLOCK, 40, CHUNK + 3)) for _ in range(MIXED_BATCH - 1)]

@@ -39,9 +39,15 @@ PROCESSORS: Mapping[str, tuple[str, ...]] = {
 
 
 @cache
+def kernel_folder() -> Path:
+    """Holds the native kernels that were built; what looks for them here builds none again."""
+    return lasting_folder("kernel")
+
+
+@cache
 def kernel(processor: str = HERE) -> CDLL:
     """The native kernel, built once for the test run."""
-    loading = load_native(lasting_folder("kernel"), PROCESSORS[processor])
+    loading = load_native(kernel_folder(), PROCESSORS[processor])
     assert loading.kernels is not None, loading.reason
     return loading.kernels
 

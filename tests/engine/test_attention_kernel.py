@@ -16,7 +16,7 @@ from pdserve.engine import native
 from pdserve.engine.build import choose_kernel
 from pdserve.engine.compiler import sole_builder
 from pdserve.errors import ConfigError
-from tests.engine.model_world import CPU, kernel
+from tests.engine.model_world import CPU, kernel, kernel_folder
 
 
 def test_it_is_built_once_and_then_loaded(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_gather_is_taken_when_asked_for_and_for_other_dtypes(tmp_path: Path) -> 
     assert not native.native_supports(torch.bfloat16, torch.device("cuda"))
 
 
-def test_only_one_openmp_runtime_is_loaded(tmp_path: Path) -> None:
+def test_only_one_openmp_runtime_is_loaded() -> None:
     """A second pool of threads would fight the first one for the cores."""
     code = (
         "import sys, torch\n"
@@ -143,6 +143,9 @@ def test_only_one_openmp_runtime_is_loaded(tmp_path: Path) -> None:
         "print(len({f for f in files if f.rsplit('/', 1)[-1].startswith(names)}))\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, str(kernel_folder())],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout.strip() == "1"

@@ -127,7 +127,7 @@ def test_it_knows_the_capital_of_france(smollm2: Path, numerics: Numerics) -> No
 
 
 # Not even the file's own size fits; or the converted weights alone do not.
-@pytest.mark.parametrize("size", ["50m", pytest.param("150m", marks=pytest.mark.long)])
+@pytest.mark.parametrize("size", ["50m", "150m"])
 def test_a_full_disk_is_one_clear_line(size: str, tmp_path: Path) -> None:
     """A small disk: a memory file system in a mount namespace of the child's own."""
     if subprocess.run(["unshare", "-rm", "true"], check=False).returncode:

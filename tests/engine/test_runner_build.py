@@ -21,7 +21,7 @@ from pdserve.engine.memory import MemoryKind
 from pdserve.engine.tiles import tiles_work
 from pdserve.errors import ConfigError, DoesNotFit
 from pdserve.types import AttemptTokens, Incarnation, Numerics, Sampling
-from tests.engine.model_world import family_folder, generate, kernel
+from tests.engine.model_world import family_folder, generate, kernel, kernel_folder
 from tests.engine.test_fused import folder_of
 from tests.models import CONTEXT, VOCAB
 
@@ -31,7 +31,7 @@ COUNT = 8
 
 def build(
     events: queue.Queue[Event],
-    kernels: Path,
+    models: Path,
     *,
     pool_blocks: int = 40,
     workers: int = 1,
@@ -47,8 +47,10 @@ def build(
         for event in batch:
             events.put(event)
 
+    (models / "kernels").unlink(missing_ok=True)
+    (models / "kernels").symlink_to(kernel_folder())
     config = Config(
-        model_cache=str(kernels),
+        model_cache=str(models),
         model=ModelConfig(numerics=numerics, dtype="float64" if numerics == "exact" else "auto"),
         engine=EngineConfig(prefill_chunk=32, **engine),  # type: ignore[arg-type]
     )

@@ -83,6 +83,11 @@ def test_which_checksum_follows_from_the_offering_pool() -> None:
 def test_hashing_a_span_lets_other_threads_run() -> None:
     """The engine's thread must not stand still while a big block is hashed."""
     data = memoryview(bytearray(256 * 2**20))
+    # A busy machine may have no core for the other thread just then, but not each time.
+    assert any(another_thread_runs_beside(data) for _ in range(20))
+
+
+def another_thread_runs_beside(data: memoryview) -> bool:
     ticks: list[float] = []
     stop = threading.Event()
 
@@ -105,4 +110,4 @@ def test_hashing_a_span_lets_other_threads_run() -> None:
     middle = [
         at for at in inside if began + 0.2 * (ended - began) < at < ended - 0.2 * (ended - began)
     ]
-    assert middle
+    return bool(middle)

@@ -28,7 +28,7 @@ from pdserve.errors import PdserveError, ProtocolError
 from pdserve.types import Fingerprint, Incarnation, Transport
 from tests.fuzz import FRAMES, mutated, seeded
 
-SETUP = PeerSetup(transports=(Transport.TCP,), handshake_seconds=0.5)
+SETUP = PeerSetup(transports=(Transport.TCP,), handshake_seconds=3.0)
 PER_CONNECTION = 10
 CANARY_EVERY = 20
 

@@ -43,7 +43,7 @@ from pdserve.errors import (
 from pdserve.types import Transport
 
 MESSAGE = 64 * 2**20
-SETUP = PeerSetup(transports=(Transport.TCP,), handshake_seconds=0.5)
+SETUP = PeerSetup(transports=(Transport.TCP,), handshake_seconds=1.5)
 
 
 @pytest.fixture(scope="module")
@@ -387,7 +387,7 @@ def test_a_read_from_a_server_that_goes_bad_ends_the_connection(
     reader = open_reader(bad_server(welcomed(then, pool)), pool)
     offer = kv_peer.BlockOffer(0, 0, 0, 0)
     with pytest.raises(error):
-        reader.read([offer], [1], time.monotonic() + 0.5)
+        reader.read([offer], [1], time.monotonic() + 1.5)
     assert not reader.usable
     neighbours = all_bytes(pool)
     assert not np.delete(neighbours, 1, axis=0).any()

@@ -70,10 +70,11 @@ def bare_socket_rate(peer: Peer) -> float:
 
 def test_the_rates_beside_the_plain_ones() -> None:
     with running(PeerSetup(BLOCKS, SPAN)) as peer:
-        shm = transfer_rate(peer, Transport.SHM)
-        memcpy = memcpy_rate()
-        tcp = transfer_rate(peer, Transport.TCP)
-        bare = bare_socket_rate(peer)
+        rates = []
+        for _ in range(2):  # in turns: what a shared machine can do drifts
+            shm, memcpy = transfer_rate(peer, Transport.SHM), memcpy_rate()
+            rates.append((shm, memcpy, transfer_rate(peer, Transport.TCP), bare_socket_rate(peer)))
+        shm, memcpy, tcp, bare = (max(each) for each in zip(*rates, strict=True))
     print(f"\nshm with checksum {shm:.2f} GB/s, memcpy {memcpy:.2f} GB/s: {shm / memcpy:.2f}")
     print(f"tcp with checksum {tcp:.2f} GB/s, bare socket {bare:.2f} GB/s: {tcp / bare:.2f}")
     assert shm > 0.15 * memcpy

@@ -48,6 +48,7 @@ from router.boot import RouterBoot
 from router.fronts import start_fronts
 from router.separation import Shortfall
 from router.timelines import Timeline
+from tests.standstill import watched
 
 SERVED = "tiny"
 CONTEXT = 256
@@ -288,11 +289,20 @@ class World:
         self.dispatcher.script = lambda job: tokens + tail
 
     def idle(self, seconds: float = 3.0) -> bool:
-        """Whether no job is running, after a while at most."""
-        end = time.monotonic() + seconds
-        while self.dispatcher.open and time.monotonic() < end:
-            time.sleep(0.01)
+        """Whether no job is running, after a while at most (what this machine stands still is
+        not counted)."""
+        with watched() as still:
+            end = time.monotonic() + seconds
+            while self.dispatcher.open and time.monotonic() < end + still.seconds:
+                time.sleep(0.01)
         return self.dispatcher.open == 0
+
+    def busy(self, seconds: float = 3.0) -> bool:
+        """Whether a job is running, after a while at most."""
+        end = time.monotonic() + seconds
+        while not self.dispatcher.open and time.monotonic() < end:
+            time.sleep(0.01)
+        return self.dispatcher.open > 0
 
 
 def default_script(job: Job) -> list[int]:

@@ -29,6 +29,8 @@ from tests.soak.streams import Fronts, Outcome
 
 # Beyond the time that it takes to notice that a worker is gone.
 GAP_S = 8.0
+FAULTS_LEAST = 2
+MORE_S = 60.0  # to reach them
 QUIET_S = 5.0
 COUNTER = re.compile(r"^pdserve:router_(\w+)_total\{[^}]*\} (\S+)$", re.MULTILINE)
 
@@ -113,12 +115,18 @@ class Soak:
     async def _timed(
         self, name: str, streams: int, seconds: float, script: Script, detection_s: float = 0.0
     ) -> Result:
+        """Goes on, within bounds, until it has struck twice: replacing a worker takes its time."""
         load, chaos = self._load(name), self._chaos(name)
         end = time.monotonic() + seconds
+
+        def enough(begun: int) -> bool:
+            late = time.monotonic() - end
+            return late > (0.0 if len(chaos.faults) >= FAULTS_LEAST else MORE_S)
+
         return await self._phase(
             name,
             f"{streams} streams for {seconds:g} s",
-            lambda: load.steady(streams, lambda begun: time.monotonic() > end),
+            lambda: load.steady(streams, enough),
             (chaos, script),
             gap_s=GAP_S + detection_s,
         )
