@@ -160,9 +160,18 @@ class RedisLink:
             if writing:
                 self._writes_refused = refused
 
+    def _connected(self) -> Any:
+        try:
+            return self._pool.get_connection()
+        except Exception as error:
+            # One that ``close`` takes away while redis-py sets it up fails in any way.
+            if self._closed.is_set():
+                raise TierError("the connection to Redis was closed") from error
+            raise
+
     def _on_connection(self, limit: float, operation: Callable[[Wire], T]) -> T:
         deadline = time.monotonic() + limit
-        connection: Any = self._pool.get_connection()
+        connection = self._connected()
         in_step = False
         try:
             wire = Wire(_socket(connection), deadline)

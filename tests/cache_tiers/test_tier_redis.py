@@ -109,8 +109,14 @@ def test_clear_waits_for_a_busy_server_though_requests_would_not(real_redis: Rea
     assert real_redis.client().dbsize() == 0
 
 
-def test_a_clear_that_waits_ends_when_the_tier_closes(real_redis: RealRedis) -> None:
+@pytest.mark.parametrize("connected", [True, False])
+def test_a_clear_that_waits_ends_when_the_tier_closes(
+    real_redis: RealRedis, connected: bool
+) -> None:
     tier = open_tier(real_redis.url, timeout_s=0.05)
+    if connected:
+        with contextlib.suppress(TierError):  # on a machine that stands still
+            tier.ping()
     real_redis.pause()
     closing = threading.Timer(0.3, tier.close)
     with watched() as still:

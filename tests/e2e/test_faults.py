@@ -121,8 +121,8 @@ def test_a_flipped_bit_never_reaches_attention(cluster: Running, transport: str)
     cluster.check_idle()
 
 
-@pytest.mark.parametrize("transport", ["shm", "tcp"])
 @pytest.mark.parametrize("step", [Step.PREFILL_OFFER, Step.DECODE_TOKENS])
+@pytest.mark.parametrize("transport", ["tcp", "shm"])  # one cluster each
 def test_what_a_woken_worker_still_does_is_counted_and_reaches_nobody(
     cluster: Running, transport: str, step: Step
 ) -> None:

@@ -374,7 +374,7 @@ def _spans(channel: Channel, count: int) -> None:
         (lambda channel: _spans(channel, SETUP.span_bytes), TransferError),
         (lambda channel: _spans(channel, SETUP.span_bytes + 12), ProtocolError),
         (lambda channel: channel.send(Challenge(bytes(32)), soon()), ProtocolError),
-        (lambda channel: (_spans(channel, 100), time.sleep(1)), DeadlineExceeded),
+        (lambda channel: (_spans(channel, 100), time.sleep(2.5)), DeadlineExceeded),
     ],
     ids=["leaves", "truncated", "no trailer", "more than asked", "out of order", "stalls"],
 )
