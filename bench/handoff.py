@@ -1,9 +1,10 @@
 """Hand-off of KV blocks, checksums included, beside memcpy and a bare socket loop.
 
-One turn moves the same blocks each way: shared memory, memcpy, TCP, a bare socket. The
-checksum that the receiver compares is part of a read. The sender's is made when a block is final:
-once as in a hand-off, where the sender makes those of one chunk while the receiver reads the one
-before, and once on its own, to be added to a read.
+One turn moves the same blocks each way: shared memory (copied by the kernels, as workers do where
+there is a compiler, and by numpy), memcpy, TCP, a bare socket. The checksum that the receiver
+compares is part of a read. The sender's is made when a block is final: once as in a hand-off, where
+the sender makes those of one chunk while the receiver reads the one before, and once on its own, to
+be added to a read.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ import numpy as np
 from bench.peer import FINGERPRINT, SOCKET_BUFFER, TOKEN, Peer, new_pool, running_peer
 from bench.record import Goal, Record, interleaved
 from kv_transfer.readers import ReaderPool
+from kv_transfer.shm import CopyBlocks
 from pdserve.config import TransferConfig
 from pdserve.engine.memory import PoolMemory
+from pdserve.engine.native import load_native, native_copy
+from pdserve.engine.resolve import default_cache
 from pdserve.types import Transport
 
 SPAN = 368_640  # SmolLM2: 16 tokens, 30 layers, 3 heads of 64, keys and values, bfloat16
@@ -33,7 +37,11 @@ def run() -> Record:
     record = Record("handoff")
     with running_peer(BLOCKS, SPAN) as peer:
         pool = new_pool(BLOCKS, SPAN)
-        shm, shm_readers = _reading(peer, pool, Transport.SHM)
+        loading = load_native(default_cache() / "kernels")
+        copy = native_copy(loading.kernels) if loading.kernels is not None else None
+        record.notes["copied by"] = loading.reason or "the kernels"
+        shm, shm_readers = _reading(peer, pool, Transport.SHM, copy)
+        plain, plain_readers = _reading(peer, pool, Transport.SHM)
         tcp, tcp_readers = _reading(peer, pool, Transport.TCP)
         source = np.ones(BLOCKS * SPAN, dtype=np.uint8)
         target = np.zeros(BLOCKS * SPAN, dtype=np.uint8)
@@ -41,6 +49,7 @@ def run() -> Record:
             found = interleaved(
                 {
                     "shm": lambda: _rate(lambda: shm(BLOCKS)),
+                    "shm, copied by numpy": lambda: _rate(lambda: plain(BLOCKS)),
                     "whole": lambda: _rate(lambda: _whole(peer, shm_readers)),
                     "memcpy": lambda: _rate(lambda: np.copyto(target, source)),
                     "offer": lambda: _rate(lambda: peer.offers(BLOCKS)),
@@ -50,7 +59,7 @@ def run() -> Record:
                 REPEATS,
             )
         record.notes["growth"] = {"shm": _growth(shm), "tcp": _growth(tcp)}
-        for readers in (shm_readers, tcp_readers):
+        for readers in (shm_readers, plain_readers, tcp_readers):
             readers.close()
         pool.close()
     for name, rates in found.items():
@@ -73,11 +82,11 @@ def run() -> Record:
 
 
 def _reading(
-    peer: Peer, pool: PoolMemory, transport: Transport
+    peer: Peer, pool: PoolMemory, transport: Transport, copy: CopyBlocks | None = None
 ) -> tuple[Callable[[int], None], ReaderPool]:
     """Reads so many blocks of the peer, by the product's own reader."""
     config = TransferConfig(transports=(transport.value,))
-    readers = ReaderPool(pool, FINGERPRINT, config, TOKEN)
+    readers = ReaderPool(pool, FINGERPRINT, config, TOKEN, copy=copy)
     reader = readers.reader_for(peer.endpoint)
     offers = peer.offers(BLOCKS)
 

@@ -16,7 +16,7 @@ from kv_transfer.host import local_capabilities
 from kv_transfer.nccl import nccl_links
 from kv_transfer.plan import Choice, check_pairing, choose_transport
 from kv_transfer.pooled_reader import PooledReader, TransportReader
-from kv_transfer.shm import ShmReader
+from kv_transfer.shm import CopyBlocks, ShmReader
 from kv_transfer.slot_reader import SlotReader
 from kv_transfer.slots import LinkFactory
 from kv_transfer.tcp import TcpReader
@@ -49,7 +49,10 @@ class ReaderPool:
         *,
         links: LinkFactory | None = None,
         relay: str = "",
+        copy: CopyBlocks | None = None,
     ) -> None:
+        """``copy``: of blocks of host memory, where there is a faster one than numpy's."""
+        self._copy = copy
         self._pool = pool
         self._fingerprint = fingerprint
         self._config = config
@@ -167,7 +170,7 @@ class ReaderPool:
     ) -> TransportReader:
         pool, fingerprint, token = self._pool, self._fingerprint, self._token
         if transport is Transport.SHM:
-            return ShmReader(endpoint, pool)
+            return ShmReader(endpoint, pool, self._copy)
         if transport is Transport.CUDA_IPC:
             return CudaIpcReader(endpoint, pool, fingerprint, token, deadline)
         if transport is Transport.NCCL:

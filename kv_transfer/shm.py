@@ -14,7 +14,7 @@ import os
 import select
 import stat
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -32,10 +32,12 @@ from pdserve.errors import (
 )
 from pdserve.types import Transport
 
-# Copied before it is checksummed, so small that the copy is still in the processor's cache then.
-_COPY_BYTES = 2**20
+# Copied before it is checksummed, so small that it is still in the processor's cache then.
+_COPY_BYTES = 2**19
 
 Bytes = npt.NDArray[np.uint8]
+# Of [n, span_bytes] each, the source first.
+CopyBlocks = Callable[[Bytes, Bytes], None]
 
 
 def open_memory(endpoint: Endpoint) -> mmap.mmap:
@@ -84,8 +86,11 @@ class ShmReader:
 
     transport = Transport.SHM
 
-    def __init__(self, endpoint: Endpoint, pool: PoolMemory) -> None:
+    def __init__(
+        self, endpoint: Endpoint, pool: PoolMemory, copy: CopyBlocks | None = None
+    ) -> None:
         assert pool.span_bytes == endpoint.span_bytes
+        self._copy = copy or copy_blocks
         self.usable = True
         self._endpoint = endpoint
         self._local: Bytes = pool.blocks.numpy()
@@ -119,8 +124,10 @@ class ShmReader:
                 raise DeadlineExceeded("the transfer's deadline passed")
             remote = self._remote[run.source : run.source + run.count]
             local = self._local[run.destination : run.destination + run.count]
-            copy_blocks(remote, local)
-            for row, offer in zip(local, offers[run.first : run.first + run.count], strict=True):
+            self._take(remote, local)
+            # The source once more, which the copy left in the cache, as it may not have the target.
+            # Changed since it was copied, it is no longer what was offered.
+            for row, offer in zip(remote, offers[run.first : run.first + run.count], strict=True):
                 if wrong is None and XXH3.of_span(row.data) != offer.checksum:
                     wrong = offer
         last = time.monotonic()
@@ -131,6 +138,9 @@ class ShmReader:
                 f"block {wrong.block} of the peer holds other bytes than it was offered with"
             )
         return ReadReport(len(offers) * span, first, last)
+
+    def _take(self, remote: Bytes, local: Bytes) -> None:
+        self._copy(remote, local)
 
     def peer_alive(self) -> bool:
         """False once the peer has ended: only this mapping keeps its memory then."""

@@ -24,7 +24,7 @@ from pdserve.engine.host_memory import HostShare, Memory, measure_host
 from pdserve.engine.layout import BlockLayout, block_layout, fingerprint
 from pdserve.engine.memory import PoolMemory, allocate_cuda, allocate_shared
 from pdserve.engine.model import LoadedModel, load_model
-from pdserve.engine.native import load_native, native_supports
+from pdserve.engine.native import Bytes, load_native, native_copy, native_supports
 from pdserve.engine.pool_view import TORCH_DTYPES, pool_view
 from pdserve.engine.probe import probe_or_gather
 from pdserve.engine.quantized import Quantization
@@ -52,6 +52,8 @@ class BuiltEngine:
     layout: BlockLayout
     facts: ModelFacts
     notes: tuple[str, ...]  # what was chosen and why, a line each, for the log
+    # Of host memory, source before target; None: as anybody would.
+    copy: Callable[[Bytes, Bytes], None] | None
 
     def close(self) -> None:
         """After the engine stopped: gives back what it computed in."""
@@ -129,7 +131,9 @@ def build_engine(
         turn_note,
         *_thread_notes(where, share.workers),
     )
-    return BuiltEngine(engine, memory, turn, layout, _facts(model_path, loaded, layout), notes)
+    facts = _facts(model_path, loaded, layout)
+    copy = native_copy(library) if isinstance(library, CDLL) else None
+    return BuiltEngine(engine, memory, turn, layout, facts, notes, copy)
 
 
 def _sizing_inputs(

@@ -15,10 +15,12 @@ import hashlib
 import os
 import platform
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from pdserve.engine.compiler import Command, find_compiler, run_compiler, sole_builder
@@ -27,9 +29,11 @@ from pdserve.engine.plan import StepPlan
 from pdserve.engine.pool_view import PoolView
 from pdserve.errors import ConfigError
 
+Bytes = npt.NDArray[np.uint8]
+
 FOLDER = Path(__file__).with_name("kernels")
 SOURCE = FOLDER / "kernels.cpp"
-ABI = 6
+ABI = 7
 DTYPE_CODES: Mapping[torch.dtype, int] = {
     torch.bfloat16: 0,
     torch.float32: 1,
@@ -189,6 +193,22 @@ class NativeLayer:
         )
 
 
+def native_copy(library: ctypes.CDLL) -> Callable[[Bytes, Bytes], None]:
+    """``copy(source, target)`` of contiguous arrays of one shape, which do not overlap.
+
+    Past the caches (kernels/copy.h); numpy's ``copyto`` is the reference.
+    """
+    function = library.pdserve_copy_past_caches
+
+    def copy(source: Bytes, target: Bytes) -> None:
+        assert source.shape == target.shape
+        assert source.flags.c_contiguous
+        assert target.flags.c_contiguous
+        function(target.ctypes.data, source.ctypes.data, source.nbytes)
+
+    return copy
+
+
 def load_native(cache_dir: Path, more_flags: tuple[str, ...] = ()) -> NativeLoad:
     """Loads the kernel for this machine from ``cache_dir``, building it first if need be.
 
@@ -215,6 +235,12 @@ def load_native(cache_dir: Path, more_flags: tuple[str, ...] = ()) -> NativeLoad
     except OSError as error:
         return NativeLoad(None, f"the kernel could not be built or loaded: {error}")
     library.pdserve_paged_attention.restype = None
+    library.pdserve_copy_past_caches.argtypes = (
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+    )
+    library.pdserve_copy_past_caches.restype = None
     library.pdserve_kernels_abi.restype = ctypes.c_int64
     library.pdserve_has_tiles.restype = ctypes.c_int64
     if library.pdserve_has_tiles():

@@ -40,6 +40,7 @@ from kv_transfer.host import MULTI_RANK_VARIABLE
 from kv_transfer.readers import ReaderPool
 from pdserve.config import TransferConfig
 from pdserve.engine.memory import PoolMemory
+from pdserve.engine.native import native_copy
 from pdserve.errors import (
     ChecksumMismatch,
     DeadlineExceeded,
@@ -48,6 +49,7 @@ from pdserve.errors import (
     TransferError,
 )
 from pdserve.types import Fingerprint, Incarnation, Transport
+from tests.engine.model_world import kernel
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Case:
     gpu: bool = False
     socket_links: bool = False
     one_sided: bool = False  # reading needs nothing from the peer's process
+    native: bool = False  # blocks are copied by the kernels
 
     @property
     def transports(self) -> tuple[Transport, ...]:
@@ -65,6 +68,7 @@ class Case:
 
 CASES = [
     Case("shm", Transport.SHM, one_sided=True),
+    Case("shm-native", Transport.SHM, one_sided=True, native=True),
     Case("tcp", Transport.TCP),
     Case("slots", Transport.NCCL, socket_links=True),
     Case("cuda_ipc", Transport.CUDA_IPC, gpu=True),
@@ -129,15 +133,16 @@ def patch_middle(case: Case, monkeypatch: pytest.MonkeyPatch, once: Callable[[],
         monkeypatch.setattr(owner, name, wrapped)
 
     if case.transport is Transport.SHM:
-        real_copy = kv_transfer.shm.copy_blocks
 
-        def copy_then_act(remote: Any, local: Any) -> None:
+        def copy_then_act(reader: Any, remote: Any, local: Any) -> None:
             half = local.shape[1] // 2
-            real_copy(remote[:, :half], local[:, :half])
+            for theirs, ours in zip(remote, local, strict=True):
+                reader._copy(theirs[:half], ours[:half])
             once()
-            real_copy(remote[:, half:], local[:, half:])
+            for theirs, ours in zip(remote, local, strict=True):
+                reader._copy(theirs[half:], ours[half:])
 
-        monkeypatch.setattr(kv_transfer.shm, "copy_blocks", copy_then_act)
+        monkeypatch.setattr(kv_transfer.shm.ShmReader, "_take", copy_then_act)
     elif case.transport is Transport.TCP:
         before(kv_transfer.tcp.TcpReader, "_receive_spans")
     elif case.transport is Transport.NCCL:
@@ -162,7 +167,8 @@ def make_pair(case: Case, num_blocks: int, span_bytes: int, local_blocks: int) -
         pool = new_pool(local_blocks, span_bytes, local_device)
         links = kv_links.SocketLinks() if case.socket_links else None
         config = TransferConfig(transports=tuple(t.value for t in case.transports))
-        readers = ReaderPool(pool, FINGERPRINT, config, TOKEN, links=links)
+        copy = native_copy(kernel()) if case.native else None
+        readers = ReaderPool(pool, FINGERPRINT, config, TOKEN, links=links, copy=copy)
         try:
             yield Pair(case, peer, pool, readers)
         finally:

@@ -1,5 +1,6 @@
 // The plain C interface of the native kernels; native.py builds and loads it.
 
+#include "copy.h"
 #include "decoder.h"
 #include "paged.h"
 
@@ -48,7 +49,11 @@ void pdserve_paged_attention(const Layer* layer, const Step* step, const Call* c
 }
 
 // Bumped with every change of the structures that Python mirrors.
-int64_t pdserve_kernels_abi() { return 6; }
+int64_t pdserve_kernels_abi() { return 7; }
+
+void pdserve_copy_past_caches(char* to, const char* from, int64_t bytes) {
+  copy_past_caches(to, from, bytes);
+}
 
 // Whether the two functions below are there, and whether they take 8- and 4-bit weights.
 int64_t pdserve_has_tiles() { return HAS_TILES; }
