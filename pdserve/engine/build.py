@@ -83,8 +83,7 @@ def build_engine(
     where = _device(device)
     if where.type == "cpu":
         torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
-    on_host = share.memory if where.type == "cpu" else None
-    free = on_host or measure_memory(where, share.workers)
+    free = (where.type == "cpu" and share.memory) or measure_memory(where, share.workers)
     dtype = resolve_dtype(config.model)
     library, kernel_note = choose_kernel(config, dtype, where)
     loaded = load_model(
@@ -132,8 +131,11 @@ def build_engine(
         *_thread_notes(where, share.workers),
     )
     facts = _facts(model_path, loaded, layout)
-    copy = native_copy(library) if isinstance(library, CDLL) else None
-    return BuiltEngine(engine, memory, turn, layout, facts, notes, copy)
+    return BuiltEngine(engine, memory, turn, layout, facts, notes, _copier(library))
+
+
+def _copier(kernels: CDLL | TritonKernels | None) -> Callable[[Bytes, Bytes], None] | None:
+    return native_copy(kernels) if isinstance(kernels, CDLL) else None
 
 
 def _sizing_inputs(
