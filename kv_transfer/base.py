@@ -5,7 +5,7 @@
     exporter = ...(pool)                   reader = open_reader(endpoint, pool)
     endpoint() ---- Accepted -->           (once per peer incarnation)
     offer(blocks) -- Offer ----->          reader.read(offers, into, deadline)
-                                           checked: generation, then checksum, of what arrived
+                                           checked: generation, then checksum, of what was read
 
 Nobody writes into another process's pool: shared memory and CUDA IPC are opened and copied from by
 the receiver; TCP and NCCL bytes are received by the receiver into blocks that it reserved. A reader

@@ -5,5 +5,6 @@ import os
 # The processes that this one starts are forked. gRPC's own handlers of a fork, of no use since
 # another program takes over at once, now and then abort the child before that. It is read when
 # gRPC is imported, and when it (Ray's own as well) is first used: the command line comes here
-# first. Whatever was set before gives way, in children too: none of them forks for itself.
+# first, whoever embeds this has to. Whatever was set before gives way, in children too: whom they
+# fork becomes another program at once as well.
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"

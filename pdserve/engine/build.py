@@ -24,9 +24,9 @@ from pdserve.engine.host_memory import HostShare, Memory, measure_host
 from pdserve.engine.layout import BlockLayout, block_layout, fingerprint
 from pdserve.engine.memory import PoolMemory, allocate_cuda, allocate_shared
 from pdserve.engine.model import LoadedModel, load_model
-from pdserve.engine.native import Bytes, load_native, native_copy, native_supports
+from pdserve.engine.native import CopyBytes, copies_right, load_native, native_copy, native_supports
 from pdserve.engine.pool_view import TORCH_DTYPES, pool_view
-from pdserve.engine.probe import probe_or_gather
+from pdserve.engine.probe import ProbeReport, probe_or_gather
 from pdserve.engine.quantized import Quantization
 from pdserve.engine.resolve import default_cache
 from pdserve.engine.runner import ModelRunner
@@ -53,7 +53,7 @@ class BuiltEngine:
     facts: ModelFacts
     notes: tuple[str, ...]  # what was chosen and why, a line each, for the log
     # Of host memory, source before target; None: as anybody would.
-    copy: Callable[[Bytes, Bytes], None] | None
+    copy: CopyBytes | None
 
     def close(self) -> None:
         """After the engine stopped: gives back what it computed in."""
@@ -102,6 +102,7 @@ def build_engine(
     inputs = _sizing_inputs(free, share, loaded, where)
     size = size_pool(inputs, layout, config.engine, pool_blocks or config.engine.pool_blocks)
     memory = _allocate(size.blocks, layout, incarnation, where)
+    copy, copy_note = _copier(library)
     turn, turn_note = _turn(config, where, why_not_fused(loaded))
     runner = ModelRunner(
         loaded, pool_view(memory.blocks, layout), library, turn, config.engine.pin_threads
@@ -124,18 +125,31 @@ def build_engine(
         *_model_notes(loaded),
         chosen.note or kernel_note,
         f"layers: {runner.layers_note}",
-        f"probe: logits differ from eager attention's by {report.difference:.1e} "
-        f"(at most {report.tolerance:g})",
+        _probe_note(report),
+        copy_note,
         *_pool_notes(size, loaded),
         turn_note,
         *_thread_notes(where, share.workers),
     )
     facts = _facts(model_path, loaded, layout)
-    return BuiltEngine(engine, memory, turn, layout, facts, notes, _copier(library))
+    return BuiltEngine(engine, memory, turn, layout, facts, notes, copy)
 
 
-def _copier(kernels: CDLL | TritonKernels | None) -> Callable[[Bytes, Bytes], None] | None:
-    return native_copy(kernels) if isinstance(kernels, CDLL) else None
+def _copier(kernels: CDLL | TritonKernels | None) -> tuple[CopyBytes | None, str]:
+    """And the line that says so."""
+    if not isinstance(kernels, CDLL):
+        return None, "blocks of peers in shared memory: copied by numpy"
+    copy = native_copy(kernels)
+    if not copies_right(copy):
+        return None, "blocks of peers in shared memory: copied by numpy, the kernels' copy is WRONG"
+    return copy, "blocks of peers in shared memory: copied past the caches"
+
+
+def _probe_note(report: ProbeReport) -> str:
+    return (
+        f"probe: logits differ from eager attention's by {report.difference:.1e} "
+        f"(at most {report.tolerance:g})"
+    )
 
 
 def _sizing_inputs(

@@ -30,6 +30,8 @@ from pdserve.engine.pool_view import PoolView
 from pdserve.errors import ConfigError
 
 Bytes = npt.NDArray[np.uint8]
+CopyBytes = Callable[[Bytes, Bytes], None]  # source, target
+_TRIED_BYTES = 12_345
 
 FOLDER = Path(__file__).with_name("kernels")
 SOURCE = FOLDER / "kernels.cpp"
@@ -193,20 +195,34 @@ class NativeLayer:
         )
 
 
-def native_copy(library: ctypes.CDLL) -> Callable[[Bytes, Bytes], None]:
-    """``copy(source, target)`` of contiguous arrays of one shape, which do not overlap.
+def native_copy(library: ctypes.CDLL) -> CopyBytes:
+    """``copy(source, target)`` of contiguous arrays of one shape, which do not overlap: ValueError.
 
     Past the caches (kernels/copy.h); numpy's ``copyto`` is the reference.
     """
     function = library.pdserve_copy_past_caches
 
     def copy(source: Bytes, target: Bytes) -> None:
-        assert source.shape == target.shape
-        assert source.flags.c_contiguous
-        assert target.flags.c_contiguous
+        if source.shape != target.shape:
+            raise ValueError(f"{source.shape} cannot be copied into {target.shape}")
+        if not (source.flags.c_contiguous and target.flags.c_contiguous):
+            raise ValueError("only contiguous arrays can be copied")
         function(target.ctypes.data, source.ctypes.data, source.nbytes)
 
     return copy
+
+
+def copies_right(copy: CopyBytes) -> bool:
+    """Whether it copies here what numpy copies, and nothing beside. Nobody looks at each copy."""
+    source = np.random.default_rng(0).integers(0, 256, 3 * _TRIED_BYTES, dtype=np.uint8)
+    for begin, end in ((0, 0), (5, 0), (0, 7), (3, 61)):
+        target, expected = np.zeros_like(source), np.zeros_like(source)
+        piece = source[begin : begin + _TRIED_BYTES]
+        expected[end : end + _TRIED_BYTES] = piece
+        copy(piece, target[end : end + _TRIED_BYTES])
+        if not np.array_equal(target, expected):
+            return False
+    return True
 
 
 def load_native(cache_dir: Path, more_flags: tuple[str, ...] = ()) -> NativeLoad:

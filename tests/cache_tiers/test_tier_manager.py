@@ -279,7 +279,7 @@ def test_a_stopped_redis_holds_no_block_and_no_read_for_long(
     real_redis.pause()
     tickets = [patient.start_write(new_keys(2)) for _ in range(20)]
     for ticket in tickets:
-        patient.wait(ticket)  # far less than the bytes wait
+        patient.wait(ticket, 2.0)  # far less than the bytes wait
     with watched() as still:
         start = time.monotonic()
         for _ in range(30):

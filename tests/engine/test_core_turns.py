@@ -97,7 +97,7 @@ def test_many_engines_in_many_turns_are_never_two_at_once(path: Path) -> None:
 
     def compute(which: int) -> None:
         nonlocal inside, most
-        while time.monotonic() < began + (1.0 if min(rounds) > 10 else 30.0):
+        while time.monotonic() < began + (1.0 if min(rounds) > 10 else 5.0):
             take(turns[which])
             inside += 1
             most = max(most, inside)

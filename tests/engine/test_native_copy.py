@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
-from pdserve.engine.native import native_copy
+from pdserve.engine.native import copies_right, native_copy
 from tests.engine.model_world import kernel
 
 # More than is fetched ahead, and no multiple of a line.
@@ -33,3 +34,20 @@ def test_it_copies_several_spans_at_once() -> None:
     native_copy(kernel())(source, target[1:4])
     np.testing.assert_array_equal(target[1:4], source)
     assert not target[[0, 4]].any()
+
+
+def test_what_cannot_be_copied_is_refused() -> None:
+    copy = native_copy(kernel())
+    with pytest.raises(ValueError, match="cannot be copied into"):
+        copy(np.zeros((2, 8), np.uint8), np.zeros((1, 8), np.uint8))
+    with pytest.raises(ValueError, match="contiguous"):
+        copy(np.zeros((4, 8), np.uint8)[:, :4], np.zeros((4, 4), np.uint8))
+
+
+def test_a_copy_that_is_wrong_is_found_out() -> None:
+    right = native_copy(kernel())
+    assert copies_right(right)
+    assert copies_right(lambda source, target: np.copyto(target, source))
+    assert not copies_right(lambda source, target: None)
+    assert not copies_right(lambda source, target: right(source[:-1], target[:-1]))
+    assert not copies_right(lambda source, target: right(source[::-1].copy(), target))

@@ -100,6 +100,7 @@ def answers(events: queue.Queue[Event], seqs: Sequence[SeqId]) -> list[list[int]
 def test_prompts_together_and_again_from_the_cache(attention: str, tmp_path: Path) -> None:
     events: queue.Queue[Event] = queue.Queue()
     built = build(events, tmp_path, attention=attention)
+    assert (built.copy is not None) == (attention == "native")
     draw = np.random.default_rng(5)
     prompts = [draw.integers(5, VOCAB, n).tolist() for n in (1, 16, 17, 70, 110)]
     expected = [generate("qwen3", prompt, COUNT)[0] for prompt in prompts]
@@ -125,6 +126,8 @@ def test_what_was_built_is_said(tmp_path: Path) -> None:
     assert "3 layers" in said
     assert "attention: native kernel" in said
     assert "probe: logits differ" in said
+    assert "copied past the caches" in said
+    assert built.copy is not None
     assert "pool 10 blocks" in said
     assert "holds 160 tokens" in said
     built.close()

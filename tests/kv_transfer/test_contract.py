@@ -399,8 +399,9 @@ def test_closing_leaves_no_file_and_no_thread(pair: Pair) -> None:
     files, threads = open_files(), set(threading.enumerate())
     config = TransferConfig(transports=(pair.case.transport.value,))
     links = kv_links.SocketLinks() if pair.case.socket_links else None
+    copy = native_copy(kernel()) if pair.case.native else None
     for _ in range(3):
-        readers = ReaderPool(pair.pool, FINGERPRINT, config, TOKEN, links=links)
+        readers = ReaderPool(pair.pool, FINGERPRINT, config, TOKEN, links=links, copy=copy)
         offers = pair.peer.offers([1])
         readers.reader_for(pair.peer.endpoint).read(offers, [1], time.monotonic() + 20)
         assert open_files() - files
@@ -408,5 +409,5 @@ def test_closing_leaves_no_file_and_no_thread(pair: Pair) -> None:
     assert open_files() <= files
     assert eventually(lambda: set(threading.enumerate()) <= threads)
     # The peer, too, is back to a state in which everything can start again.
-    pair.readers = ReaderPool(pair.pool, FINGERPRINT, config, TOKEN, links=links)
+    pair.readers = ReaderPool(pair.pool, FINGERPRINT, config, TOKEN, links=links, copy=copy)
     pair.read([2], [2])

@@ -106,8 +106,7 @@ def another_thread_runs_beside(data: memoryview) -> bool:
     thread.join()
     inside = [at for at in ticks if began < at < ended]
     print(f"{len(inside)} ticks in {1000 * (ended - began):.1f} ms")
-    # Had the GIL been held, the other thread could have run only at the very edges.
-    middle = [
-        at for at in inside if began + 0.2 * (ended - began) < at < ended - 0.2 * (ended - began)
-    ]
-    return bool(middle)
+    # Had the GIL been held, the other thread could have run only at the edges; two delays there
+    # would have to fall together to look like this.
+    shares = [(at - began) / (ended - began) for at in inside]
+    return any(0.2 < at < 0.4 for at in shares) and any(0.6 < at < 0.8 for at in shares)

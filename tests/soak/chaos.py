@@ -14,7 +14,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 import redis
@@ -32,6 +32,11 @@ DRAIN_S = 60.0
 class Fault:
     at: float  # monotonic seconds
     what: str
+
+
+def strikes(faults: Sequence[Fault]) -> int:
+    """Of what was done to workers; the rest says how it went on."""
+    return sum(fault.what.startswith(("SIGKILL", "SIGSTOP", "drain")) for fault in faults)
 
 
 @dataclass

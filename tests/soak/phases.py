@@ -22,7 +22,7 @@ from redis.exceptions import RedisError
 from tests.e2e.clusters import Running
 from tests.soak import leftovers
 from tests.soak.cases import Answers, Case
-from tests.soak.chaos import Chaos, Fault, Script
+from tests.soak.chaos import Chaos, Fault, Script, strikes
 from tests.soak.leftovers import Baseline, Leftovers
 from tests.soak.load import Load
 from tests.soak.streams import Fronts, Outcome
@@ -121,7 +121,7 @@ class Soak:
 
         def enough(begun: int) -> bool:
             late = time.monotonic() - end
-            return late > (0.0 if len(chaos.faults) >= FAULTS_LEAST else MORE_S)
+            return late > (0.0 if strikes(chaos.faults) >= FAULTS_LEAST else MORE_S)
 
         return await self._phase(
             name,

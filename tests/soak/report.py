@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.soak.chaos import strikes
 from tests.soak.long_forms import LongForm
 from tests.soak.phases import Result
 from tests.soak.streams import Outcome
@@ -129,7 +130,7 @@ def escaped(text: str) -> str:
 def row(result: Result) -> str:
     outcomes, endings = result.outcomes, result.endings
     first = sorted(o.first_s for o in outcomes if o.first_s)
-    struck = sum(not fault.what.startswith(("SIGCONT", "replaced")) for fault in result.faults)
+    struck = strikes(result.faults)
     quiet = f"{result.leftovers.seconds:.1f}" if not result.leftovers.left else "never"
     cells = [
         result.name,
