@@ -97,17 +97,16 @@ def build_engine(
         shared=_shared_weights(config, share),
     )
     chosen = probe_or_gather(loaded, library, config.engine.attention == "native")
-    library, report = chosen.kernels, chosen.report
     layout = block_layout(config.engine.block_size, loaded.dtype, loaded.shapes)
     inputs = _sizing_inputs(free, share, loaded, where)
     size = size_pool(inputs, layout, config.engine, pool_blocks or config.engine.pool_blocks)
     memory = _allocate(size.blocks, layout, incarnation, where)
-    copy, copy_note = _copier(library)
+    copy, copy_note = _copier(chosen.kernels)
     turn, turn_note = _turn(config, where, why_not_fused(loaded))
     runner = ModelRunner(
-        loaded, pool_view(memory.blocks, layout), library, turn, config.engine.pin_threads
+        loaded, pool_view(memory.blocks, layout), chosen.kernels, turn, config.engine.pin_threads
     )
-    if isinstance(library, TritonKernels):
+    if isinstance(chosen.kernels, TritonKernels):
         runner.use_graphs(cuda_capture(where), config.engine.max_running)
     engine = Engine(
         runner=runner,
@@ -125,7 +124,7 @@ def build_engine(
         *_model_notes(loaded),
         chosen.note or kernel_note,
         f"layers: {runner.layers_note}",
-        _probe_note(report),
+        _probe_note(chosen.report),
         copy_note,
         *_pool_notes(size, loaded),
         turn_note,
