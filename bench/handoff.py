@@ -18,10 +18,9 @@ import numpy as np
 from bench.peer import FINGERPRINT, SOCKET_BUFFER, TOKEN, Peer, new_pool, running_peer
 from bench.record import Goal, Record, interleaved
 from kv_transfer.readers import ReaderPool
-from kv_transfer.shm import CopyBlocks
 from pdserve.config import TransferConfig
 from pdserve.engine.memory import PoolMemory
-from pdserve.engine.native import load_native, native_copy
+from pdserve.engine.native import CopyBytes, load_native, native_copy
 from pdserve.engine.resolve import default_cache
 from pdserve.types import Transport
 
@@ -82,7 +81,7 @@ def run() -> Record:
 
 
 def _reading(
-    peer: Peer, pool: PoolMemory, transport: Transport, copy: CopyBlocks | None = None
+    peer: Peer, pool: PoolMemory, transport: Transport, copy: CopyBytes | None = None
 ) -> tuple[Callable[[int], None], ReaderPool]:
     """Reads so many blocks of the peer, by the product's own reader."""
     config = TransferConfig(transports=(transport.value,))

@@ -16,12 +16,13 @@ from kv_transfer.host import local_capabilities
 from kv_transfer.nccl import nccl_links
 from kv_transfer.plan import Choice, check_pairing, choose_transport
 from kv_transfer.pooled_reader import PooledReader, TransportReader
-from kv_transfer.shm import CopyBlocks, ShmReader
+from kv_transfer.shm import ShmReader
 from kv_transfer.slot_reader import SlotReader
 from kv_transfer.slots import LinkFactory
 from kv_transfer.tcp import TcpReader
 from pdserve.config import TransferConfig
 from pdserve.engine.memory import PoolMemory
+from pdserve.engine.native import CopyBytes
 from pdserve.errors import (
     DeadlineExceeded,
     LayoutMismatch,
@@ -49,7 +50,7 @@ class ReaderPool:
         *,
         links: LinkFactory | None = None,
         relay: str = "",
-        copy: CopyBlocks | None = None,
+        copy: CopyBytes | None = None,
     ) -> None:
         """``copy``: of blocks of host memory, where there is a faster one than numpy's."""
         self._copy = copy

@@ -14,7 +14,7 @@ import os
 import select
 import stat
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from kv_transfer.base import BlockOffer, Endpoint, ReadReport
 from kv_transfer.checksum import XXH3
 from kv_transfer.plan import check_offers, runs
 from pdserve.engine.memory import GENERATIONS_OFFSET, HEADER, MAGIC, PoolMemory, data_offset
+from pdserve.engine.native import CopyBytes
 from pdserve.errors import (
     ChecksumMismatch,
     DeadlineExceeded,
@@ -36,8 +37,6 @@ from pdserve.types import Transport
 _COPY_BYTES = 2**19
 
 Bytes = npt.NDArray[np.uint8]
-# Of [n, span_bytes] each, the source first.
-CopyBlocks = Callable[[Bytes, Bytes], None]  # tried before it is used: no copy is looked at
 
 
 def open_memory(endpoint: Endpoint) -> mmap.mmap:
@@ -86,9 +85,7 @@ class ShmReader:
 
     transport = Transport.SHM
 
-    def __init__(
-        self, endpoint: Endpoint, pool: PoolMemory, copy: CopyBlocks | None = None
-    ) -> None:
+    def __init__(self, endpoint: Endpoint, pool: PoolMemory, copy: CopyBytes | None = None) -> None:
         assert pool.span_bytes == endpoint.span_bytes
         self._copy = copy or copy_blocks
         self.usable = True

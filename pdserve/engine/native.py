@@ -30,7 +30,8 @@ from pdserve.engine.pool_view import PoolView
 from pdserve.errors import ConfigError
 
 Bytes = npt.NDArray[np.uint8]
-CopyBytes = Callable[[Bytes, Bytes], None]  # source, target
+# Source, target. Tried before it is used (``copies_right``): nobody looks at each copy.
+CopyBytes = Callable[[Bytes, Bytes], None]
 _TRIED_BYTES = 12_345
 
 FOLDER = Path(__file__).with_name("kernels")

@@ -79,7 +79,7 @@ def test_random_jobs_agree_with_what_was_written(
         worlds,
         real_redis.url,
         host=9,
-        blocks=2000,
+        blocks=2020,
         breaker_open_s=0.05,
         timeout_s=PATIENT_S,
         as_device=as_device,
@@ -91,6 +91,12 @@ def test_random_jobs_agree_with_what_was_written(
     for turn in range(250):
         keys = draw.choice(chains)[: draw.randrange(1, 11)]
         action = draw.randrange(20)
+        if turn in (50, 200):
+            # Once all is quiet, what was written is found to the last block.
+            assert world.manager.quiesce(20)
+            world.write(chains[0], 2000)
+            written.update(chains[0])
+            assert len(world.read(chains[0], 2010)) == 10
         if block + len(keys) > 2000:
             break
         if action < 8:

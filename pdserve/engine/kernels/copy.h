@@ -1,7 +1,7 @@
 // Copying a span of KV into a pool without fetching the lines that it overwrites.
 //
 // A plain store fetches its line from memory first, so a copy moves three lines where two would do.
-// These stores go past the caches; what they write is far larger than a cache and read later. What is
+// These stores go past the caches: what they write is read by the next step at the soonest. What is
 // read passes through the cache, where a checksum finds it right after.
 #pragma once
 
