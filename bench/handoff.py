@@ -1,10 +1,10 @@
 """Hand-off of KV blocks, checksums included, beside memcpy and a bare socket loop.
 
-One turn moves the same blocks each way: shared memory (copied by the kernels, as workers do where
-there is a compiler, and by numpy), memcpy, TCP, a bare socket. The checksum that the receiver
-compares is part of a read. The sender's is made when a block is final: once as in a hand-off, where
-the sender makes those of one chunk while the receiver reads the one before, and once on its own, to
-be added to a read.
+One turn moves the same blocks each way: shared memory (copied and summed by the kernels, as workers
+do where there is a compiler, and by numpy and xxhash), memcpy, TCP, a bare socket. The checksum
+that the receiver compares is part of a read. The sender's is made when a block is final: once as in
+a hand-off, where the sender makes those of one chunk while the receiver reads the one before, and
+once on its own, to be added to a read.
 """
 
 from __future__ import annotations
@@ -12,16 +12,24 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
-from bench.peer import FINGERPRINT, SOCKET_BUFFER, TOKEN, Peer, new_pool, running_peer
+from bench.peer import (
+    FINGERPRINT,
+    SOCKET_BUFFER,
+    TOKEN,
+    Peer,
+    new_pool,
+    running_peer,
+    workers_spans,
+)
 from bench.record import Goal, Record, interleaved
 from kv_transfer.readers import ReaderPool
 from pdserve.config import TransferConfig
+from pdserve.engine.host_spans import PLAIN_SPANS, HostSpans
 from pdserve.engine.memory import PoolMemory
-from pdserve.engine.native import CopyBytes, load_native, native_copy
-from pdserve.engine.resolve import default_cache
 from pdserve.types import Transport
 
 SPAN = 368_640  # SmolLM2: 16 tokens, 30 layers, 3 heads of 64, keys and values, bfloat16
@@ -36,10 +44,8 @@ def run() -> Record:
     record = Record("handoff")
     with running_peer(BLOCKS, SPAN) as peer:
         pool = new_pool(BLOCKS, SPAN)
-        loading = load_native(default_cache() / "kernels")
-        copy = native_copy(loading.kernels) if loading.kernels is not None else None
-        record.notes["copied by"] = loading.reason or "the kernels"
-        shm, shm_readers = _reading(peer, pool, Transport.SHM, copy)
+        fast, record.notes["copied by"] = workers_spans()
+        shm, shm_readers = _reading(peer, pool, Transport.SHM, fast)
         plain, plain_readers = _reading(peer, pool, Transport.SHM)
         tcp, tcp_readers = _reading(peer, pool, Transport.TCP)
         source = np.ones(BLOCKS * SPAN, dtype=np.uint8)
@@ -81,11 +87,11 @@ def run() -> Record:
 
 
 def _reading(
-    peer: Peer, pool: PoolMemory, transport: Transport, copy: CopyBytes | None = None
+    peer: Peer, pool: PoolMemory, transport: Transport, spans: HostSpans = PLAIN_SPANS
 ) -> tuple[Callable[[int], None], ReaderPool]:
     """Reads so many blocks of the peer, by the product's own reader."""
     config = TransferConfig(transports=(transport.value,))
-    readers = ReaderPool(pool, FINGERPRINT, config, TOKEN, copy=copy)
+    readers = ReaderPool(replace(pool, spans=spans), FINGERPRINT, config, TOKEN)
     reader = readers.reader_for(peer.endpoint)
     offers = peer.offers(BLOCKS)
 
@@ -96,14 +102,12 @@ def _reading(
 
 
 def _whole(peer: Peer, readers: ReaderPool) -> None:
-    """As two workers do it: chunk by chunk, each side at work on its own."""
+    """As two workers do it: chunk by chunk, and who offers does not wait for who reads."""
     reader = readers.reader_for(peer.endpoint)
-    peer.ask(0, CHUNK_BLOCKS)
     for first in range(0, BLOCKS, CHUNK_BLOCKS):
-        offers = peer.offered()
-        if first + CHUNK_BLOCKS < BLOCKS:
-            peer.ask(first + CHUNK_BLOCKS, CHUNK_BLOCKS)
-        reader.read(offers, range(first, first + CHUNK_BLOCKS), time.monotonic() + 60)
+        peer.ask(first, CHUNK_BLOCKS)
+    for first in range(0, BLOCKS, CHUNK_BLOCKS):
+        reader.read(peer.offered(), range(first, first + CHUNK_BLOCKS), time.monotonic() + 60)
 
 
 def _bare_reading(sock: socket.socket, into: memoryview) -> Callable[[], None]:

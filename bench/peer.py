@@ -21,7 +21,10 @@ import torch
 
 from kv_transfer.base import BlockOffer, Endpoint
 from kv_transfer.exporter import PoolExporter
+from pdserve.engine.host_spans import PLAIN_SPANS, HostSpans, NativeSpans
 from pdserve.engine.memory import PoolMemory, allocate_cuda, allocate_shared
+from pdserve.engine.native import load_native
+from pdserve.engine.resolve import default_cache
 from pdserve.pages import take_pages
 from pdserve.types import Fingerprint, Incarnation, Transport
 
@@ -39,6 +42,14 @@ def new_pool(blocks: int, span: int, device: str = "cpu") -> PoolMemory:
     pool = allocate_shared(blocks, span, incarnation)
     take_pages(pool.blocks.numpy()).join()  # an engine's are taken by the time of its first read
     return pool
+
+
+def workers_spans() -> tuple[HostSpans, str]:
+    """How a worker would copy and sum blocks here, and who does it."""
+    loading = load_native(default_cache() / "kernels")
+    if loading.kernels is None or not loading.kernels.pdserve_has_tiles():
+        return PLAIN_SPANS, loading.reason or "numpy and xxhash"
+    return NativeSpans(loading.kernels), "the kernels"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +95,7 @@ def _serve(
     pipe: Connection, wanted: tuple[int, int, str], transports: tuple[Transport, ...]
 ) -> None:
     pool = new_pool(*wanted)
+    pool.spans, _ = workers_spans()
     pool.blocks.random_(0, 256)
     exporter = PoolExporter(pool, FINGERPRINT, "127.0.0.1", TOKEN, transports)
     pipe.send((exporter.endpoint(), _bare_sender(pool.blocks.cpu(), wanted[1])))

@@ -43,7 +43,6 @@ class DecodeWorker:
             config.transfer,
             boot.identity.transfer_token,
             relay=config.testing.transfer_relay,
-            copy=built.copy,
         )
         self._reads = PeerReads(readers)
         self._stubs = PeerStubs(boot.identity, config.transfer.max_message_bytes)

@@ -100,7 +100,7 @@ class PoolExporter:
 
     def _sums(self, blocks: Sequence[int]) -> list[int]:
         if self._pool.kind is MemoryKind.SHARED:
-            return [self._checksum.of_span(self._pool.block_bytes(block)) for block in blocks]
+            return self._pool.spans.sums(self._pool.blocks.numpy(), blocks)
         sums: list[int] = []
         # Gathering takes device memory; a little at a time.
         for part in split_reads(len(blocks), self._pool.span_bytes, STAGING_BYTES, len(blocks)):

@@ -22,7 +22,6 @@ from kv_transfer.slots import LinkFactory
 from kv_transfer.tcp import TcpReader
 from pdserve.config import TransferConfig
 from pdserve.engine.memory import PoolMemory
-from pdserve.engine.native import CopyBytes
 from pdserve.errors import (
     DeadlineExceeded,
     LayoutMismatch,
@@ -50,10 +49,7 @@ class ReaderPool:
         *,
         links: LinkFactory | None = None,
         relay: str = "",
-        copy: CopyBytes | None = None,
     ) -> None:
-        """``copy``: of blocks of host memory, where there is a faster one than numpy's."""
-        self._copy = copy
         self._pool = pool
         self._fingerprint = fingerprint
         self._config = config
@@ -171,7 +167,7 @@ class ReaderPool:
     ) -> TransportReader:
         pool, fingerprint, token = self._pool, self._fingerprint, self._token
         if transport is Transport.SHM:
-            return ShmReader(endpoint, pool, self._copy)
+            return ShmReader(endpoint, pool)
         if transport is Transport.CUDA_IPC:
             return CudaIpcReader(endpoint, pool, fingerprint, token, deadline)
         if transport is Transport.NCCL:

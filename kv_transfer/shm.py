@@ -20,10 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kv_transfer.base import BlockOffer, Endpoint, ReadReport
-from kv_transfer.checksum import XXH3
-from kv_transfer.plan import check_offers, runs
+from kv_transfer.plan import check_offers, split_reads
 from pdserve.engine.memory import GENERATIONS_OFFSET, HEADER, MAGIC, PoolMemory, data_offset
-from pdserve.engine.native import CopyBytes
 from pdserve.errors import (
     ChecksumMismatch,
     DeadlineExceeded,
@@ -33,8 +31,8 @@ from pdserve.errors import (
 )
 from pdserve.types import Transport
 
-# Copied before it is checksummed, so small that it is still in the processor's cache then.
-_COPY_BYTES = 2**19
+# Copied before the deadline is looked at again.
+_BATCH_BYTES = 2**22
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -85,9 +83,9 @@ class ShmReader:
 
     transport = Transport.SHM
 
-    def __init__(self, endpoint: Endpoint, pool: PoolMemory, copy: CopyBytes | None = None) -> None:
+    def __init__(self, endpoint: Endpoint, pool: PoolMemory) -> None:
         assert pool.span_bytes == endpoint.span_bytes
-        self._copy = copy or copy_blocks
+        self._spans = pool.spans
         self.usable = True
         self._endpoint = endpoint
         self._local: Bytes = pool.blocks.numpy()
@@ -116,16 +114,12 @@ class ShmReader:
         span = self._endpoint.span_bytes
         first = time.monotonic()
         wrong: BlockOffer | None = None
-        for run in runs(source, into, max(1, _COPY_BYTES // span)):
+        for part in split_reads(len(offers), span, _BATCH_BYTES, len(offers)):
             if time.monotonic() >= deadline:
                 raise DeadlineExceeded("the transfer's deadline passed")
-            remote = self._remote[run.source : run.source + run.count]
-            local = self._local[run.destination : run.destination + run.count]
-            self._take(remote, local)
-            # The source once more, which the copy left in the cache, as it may not have the target.
-            # Changed since it was copied, it is no longer what was offered.
-            for row, offer in zip(remote, offers[run.first : run.first + run.count], strict=True):
-                if wrong is None and XXH3.of_span(row.data) != offer.checksum:
+            sums = self._take(source[part], into[part])
+            for offer, found in zip(offers[part], sums, strict=True):
+                if wrong is None and found != offer.checksum:
                     wrong = offer
         last = time.monotonic()
         # Generations first: what a freed block was overwritten with fails its checksum, too.
@@ -136,8 +130,8 @@ class ShmReader:
             )
         return ReadReport(len(offers) * span, first, last)
 
-    def _take(self, remote: Bytes, local: Bytes) -> None:
-        self._copy(remote, local)
+    def _take(self, source: Sequence[int], into: Sequence[int]) -> list[int]:
+        return self._spans.take(self._remote, source, self._local, into)
 
     def peer_alive(self) -> bool:
         """False once the peer has ended: only this mapping keeps its memory then."""
@@ -165,11 +159,6 @@ class ShmReader:
         freed = np.flatnonzero(now != offered)
         if freed.size:
             raise StaleBlock(f"the peer freed its block {source[int(freed[0])]}")
-
-
-def copy_blocks(remote: Bytes, local: Bytes) -> None:
-    """[n, span_bytes] each. Releases the GIL."""
-    np.copyto(local, remote)
 
 
 def _open_process(pid: int) -> int:

@@ -21,10 +21,11 @@ from pdserve.engine.dtypes import resolve_dtype
 from pdserve.engine.engine import Engine
 from pdserve.engine.fused import why_not_fused
 from pdserve.engine.host_memory import HostShare, Memory, measure_host
+from pdserve.engine.host_spans import PLAIN_SPANS, HostSpans, NativeSpans, spans_right
 from pdserve.engine.layout import BlockLayout, block_layout, fingerprint
 from pdserve.engine.memory import PoolMemory, allocate_cuda, allocate_shared
 from pdserve.engine.model import LoadedModel, load_model
-from pdserve.engine.native import CopyBytes, copies_right, load_native, native_copy, native_supports
+from pdserve.engine.native import load_native, native_supports
 from pdserve.engine.pool_view import TORCH_DTYPES, pool_view
 from pdserve.engine.probe import ProbeReport, probe_or_gather
 from pdserve.engine.quantized import Quantization
@@ -52,8 +53,6 @@ class BuiltEngine:
     layout: BlockLayout
     facts: ModelFacts
     notes: tuple[str, ...]  # what was chosen and why, a line each, for the log
-    # Of host memory, source before target; None: as anybody would.
-    copy: CopyBytes | None
 
     def close(self) -> None:
         """After the engine stopped: gives back what it computed in."""
@@ -101,7 +100,7 @@ def build_engine(
     inputs = _sizing_inputs(free, share, loaded, where)
     size = size_pool(inputs, layout, config.engine, pool_blocks or config.engine.pool_blocks)
     memory = _allocate(size.blocks, layout, incarnation, where)
-    copy, copy_note = _copier(chosen.kernels)
+    memory.spans, spans_note = _spans(chosen.kernels, layout.span_bytes)
     turn, turn_note = _turn(config, where, why_not_fused(loaded))
     runner = ModelRunner(
         loaded, pool_view(memory.blocks, layout), chosen.kernels, turn, config.engine.pin_threads
@@ -125,23 +124,26 @@ def build_engine(
         chosen.note or kernel_note,
         f"layers: {runner.layers_note}",
         _probe_note(chosen.report),
-        copy_note,
+        spans_note,
         *_pool_notes(size, loaded),
         turn_note,
         *_thread_notes(where, share.workers),
     )
     facts = _facts(model_path, loaded, layout)
-    return BuiltEngine(engine, memory, turn, layout, facts, notes, copy)
+    return BuiltEngine(engine, memory, turn, layout, facts, notes)
 
 
-def _copier(kernels: CDLL | TritonKernels | None) -> tuple[CopyBytes | None, str]:
+def _spans(kernels: CDLL | TritonKernels | None, span_bytes: int) -> tuple[HostSpans, str]:
     """And the line that says so."""
-    if not isinstance(kernels, CDLL):
-        return None, "blocks of peers in shared memory: copied by numpy"
-    copy = native_copy(kernels)
-    if not copies_right(copy):
-        return None, "blocks of peers in shared memory: copied by numpy, the kernels' copy is WRONG"
-    return copy, "blocks of peers in shared memory: copied past the caches"
+    plain = "blocks of peers in shared memory: copied by numpy"
+    if not isinstance(kernels, CDLL) or not kernels.pdserve_has_tiles():
+        return PLAIN_SPANS, plain
+    if not NativeSpans.takes(span_bytes):
+        return PLAIN_SPANS, f"{plain}, as {span_bytes} bytes of a block are not whole lines"
+    spans = NativeSpans(kernels)
+    if not spans_right(spans, span_bytes):
+        return PLAIN_SPANS, f"{plain}, the kernels' copy is WRONG"
+    return spans, "blocks of peers in shared memory: copied and summed past the caches"
 
 
 def _probe_note(report: ProbeReport) -> str:

@@ -30,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pdserve.engine.host_spans import PLAIN_SPANS, HostSpans
 from pdserve.errors import DoesNotFit
 from pdserve.types import Incarnation
 
@@ -63,6 +64,7 @@ class PoolMemory:
     fd: int = 0  # of the shared file; 0 on CUDA
     device_pointer: int = 0  # CUDA address of block 0; 0 on CPU
     device_uuid: str = ""
+    spans: HostSpans = PLAIN_SPANS  # how those of host memory are copied and summed
     _keep_alive: list[object] = field(default_factory=list)
 
     def block_bytes(self, block: int) -> memoryview:

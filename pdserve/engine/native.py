@@ -15,12 +15,10 @@ import hashlib
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from pdserve.engine.compiler import Command, find_compiler, run_compiler, sole_builder
@@ -29,14 +27,9 @@ from pdserve.engine.plan import StepPlan
 from pdserve.engine.pool_view import PoolView
 from pdserve.errors import ConfigError
 
-Bytes = npt.NDArray[np.uint8]
-# Source, target. Tried before it is used (``copies_right``): nobody looks at each copy.
-CopyBytes = Callable[[Bytes, Bytes], None]
-_TRIED_BYTES = 12_345
-
 FOLDER = Path(__file__).with_name("kernels")
 SOURCE = FOLDER / "kernels.cpp"
-ABI = 7
+ABI = 8
 DTYPE_CODES: Mapping[torch.dtype, int] = {
     torch.bfloat16: 0,
     torch.float32: 1,
@@ -196,36 +189,6 @@ class NativeLayer:
         )
 
 
-def native_copy(library: ctypes.CDLL) -> CopyBytes:
-    """``copy(source, target)`` of contiguous arrays of one shape, which do not overlap: ValueError.
-
-    Past the caches (kernels/copy.h); numpy's ``copyto`` is the reference.
-    """
-    function = library.pdserve_copy_past_caches
-
-    def copy(source: Bytes, target: Bytes) -> None:
-        if source.shape != target.shape:
-            raise ValueError(f"{source.shape} cannot be copied into {target.shape}")
-        if not (source.flags.c_contiguous and target.flags.c_contiguous):
-            raise ValueError("only contiguous arrays can be copied")
-        function(target.ctypes.data, source.ctypes.data, source.nbytes)
-
-    return copy
-
-
-def copies_right(copy: CopyBytes) -> bool:
-    """Whether it copies here what numpy copies, and nothing beside. Nobody looks at each copy."""
-    source = np.random.default_rng(0).integers(0, 256, 3 * _TRIED_BYTES, dtype=np.uint8)
-    for begin, end in ((0, 0), (5, 0), (0, 7), (3, 61)):
-        target, expected = np.zeros_like(source), np.zeros_like(source)
-        piece = source[begin : begin + _TRIED_BYTES]
-        expected[end : end + _TRIED_BYTES] = piece
-        copy(piece, target[end : end + _TRIED_BYTES])
-        if not np.array_equal(target, expected):
-            return False
-    return True
-
-
 def load_native(cache_dir: Path, more_flags: tuple[str, ...] = ()) -> NativeLoad:
     """Loads the kernel for this machine from ``cache_dir``, building it first if need be.
 
@@ -252,12 +215,6 @@ def load_native(cache_dir: Path, more_flags: tuple[str, ...] = ()) -> NativeLoad
     except OSError as error:
         return NativeLoad(None, f"the kernel could not be built or loaded: {error}")
     library.pdserve_paged_attention.restype = None
-    library.pdserve_copy_past_caches.argtypes = (
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-        ctypes.c_int64,
-    )
-    library.pdserve_copy_past_caches.restype = None
     library.pdserve_kernels_abi.restype = ctypes.c_int64
     library.pdserve_has_tiles.restype = ctypes.c_int64
     if library.pdserve_has_tiles():

@@ -39,8 +39,8 @@ import kv_transfer.tcp
 from kv_transfer.host import MULTI_RANK_VARIABLE
 from kv_transfer.readers import ReaderPool
 from pdserve.config import TransferConfig
+from pdserve.engine.host_spans import PLAIN_SPANS, HostSpans, NativeSpans
 from pdserve.engine.memory import PoolMemory
-from pdserve.engine.native import native_copy
 from pdserve.errors import (
     ChecksumMismatch,
     DeadlineExceeded,
@@ -59,7 +59,7 @@ class Case:
     gpu: bool = False
     socket_links: bool = False
     one_sided: bool = False  # reading needs nothing from the peer's process
-    native: bool = False  # blocks are copied by the kernels
+    native: bool = False  # blocks are copied and summed by the kernels
 
     @property
     def transports(self) -> tuple[Transport, ...]:
@@ -133,22 +133,29 @@ def patch_middle(case: Case, monkeypatch: pytest.MonkeyPatch, once: Callable[[],
         monkeypatch.setattr(owner, name, wrapped)
 
     if case.transport is Transport.SHM:
+        take = kv_transfer.shm.ShmReader._take
 
-        def copy_then_act(reader: Any, remote: Any, local: Any) -> None:
-            half = local.shape[1] // 2
-            for theirs, ours in zip(remote, local, strict=True):
-                reader._copy(theirs[:half], ours[:half])
+        def act_half_way(reader: Any, source: Any, into: Any) -> list[int]:
+            half = len(source) // 2
+            first = take(reader, source[:half], into[:half])
             once()
-            for theirs, ours in zip(remote, local, strict=True):
-                reader._copy(theirs[half:], ours[half:])
+            return first + take(reader, source[half:], into[half:])
 
-        monkeypatch.setattr(kv_transfer.shm.ShmReader, "_take", copy_then_act)
+        monkeypatch.setattr(kv_transfer.shm.ShmReader, "_take", act_half_way)
     elif case.transport is Transport.TCP:
         before(kv_transfer.tcp.TcpReader, "_receive_spans")
     elif case.transport is Transport.NCCL:
         before(kv_transfer.slot_reader, "wait_for_slot")
     else:
         before(kv_transfer.cuda_ipc.CudaIpcReader, "_check_generations")
+
+
+def spans_of(case: Case) -> HostSpans:
+    if not case.native:
+        return PLAIN_SPANS
+    if not kernel().pdserve_has_tiles():
+        pytest.skip("no kernels that copy on this processor")
+    return NativeSpans(kernel())
 
 
 def make_pair(case: Case, num_blocks: int, span_bytes: int, local_blocks: int) -> Iterator[Pair]:
@@ -167,8 +174,8 @@ def make_pair(case: Case, num_blocks: int, span_bytes: int, local_blocks: int) -
         pool = new_pool(local_blocks, span_bytes, local_device)
         links = kv_links.SocketLinks() if case.socket_links else None
         config = TransferConfig(transports=tuple(t.value for t in case.transports))
-        copy = native_copy(kernel()) if case.native else None
-        readers = ReaderPool(pool, FINGERPRINT, config, TOKEN, links=links, copy=copy)
+        pool.spans = spans_of(case)
+        readers = ReaderPool(pool, FINGERPRINT, config, TOKEN, links=links)
         try:
             yield Pair(case, peer, pool, readers)
         finally:
@@ -399,9 +406,8 @@ def test_closing_leaves_no_file_and_no_thread(pair: Pair) -> None:
     files, threads = open_files(), set(threading.enumerate())
     config = TransferConfig(transports=(pair.case.transport.value,))
     links = kv_links.SocketLinks() if pair.case.socket_links else None
-    copy = native_copy(kernel()) if pair.case.native else None
     for _ in range(3):
-        readers = ReaderPool(pair.pool, FINGERPRINT, config, TOKEN, links=links, copy=copy)
+        readers = ReaderPool(pair.pool, FINGERPRINT, config, TOKEN, links=links)
         offers = pair.peer.offers([1])
         readers.reader_for(pair.peer.endpoint).read(offers, [1], time.monotonic() + 20)
         assert open_files() - files
@@ -409,5 +415,5 @@ def test_closing_leaves_no_file_and_no_thread(pair: Pair) -> None:
     assert open_files() <= files
     assert eventually(lambda: set(threading.enumerate()) <= threads)
     # The peer, too, is back to a state in which everything can start again.
-    pair.readers = ReaderPool(pair.pool, FINGERPRINT, config, TOKEN, links=links, copy=copy)
+    pair.readers = ReaderPool(pair.pool, FINGERPRINT, config, TOKEN, links=links)
     pair.read([2], [2])

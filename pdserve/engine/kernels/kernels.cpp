@@ -1,8 +1,8 @@
 // The plain C interface of the native kernels; native.py builds and loads it.
 
-#include "copy.h"
 #include "decoder.h"
 #include "paged.h"
+#include "spans.h"
 
 namespace {
 
@@ -49,17 +49,28 @@ void pdserve_paged_attention(const Layer* layer, const Step* step, const Call* c
 }
 
 // Bumped with every change of the structures that Python mirrors.
-int64_t pdserve_kernels_abi() { return 7; }
+int64_t pdserve_kernels_abi() { return 8; }
 
-void pdserve_copy_past_caches(char* to, const char* from, int64_t bytes) {
-  copy_past_caches(to, from, bytes);
-}
-
-// Whether the two functions below are there, and whether they take 8- and 4-bit weights.
+// Whether the functions below are there, and whether they take 8- and 4-bit weights.
 int64_t pdserve_has_tiles() { return HAS_TILES; }
 int64_t pdserve_has_groups() { return HAS_GROUPS; }
 
 #if HAS_TILES
+
+// sums[i]: of span blocks[i] of a pool.
+void pdserve_sum_spans(const char* pool, const int64_t* blocks, uint64_t* sums, int64_t count,
+                       int64_t bytes) {
+  for (int64_t i = 0; i < count; ++i) sums[i] = sum_span(pool + blocks[i] * bytes, bytes);
+}
+
+// Span source[i] of another pool is copied to span target[i] of ours; sums[i] is what was copied.
+void pdserve_take_spans(const char* theirs, const int64_t* source, char* ours,
+                        const int64_t* target, uint64_t* sums, int64_t count, int64_t bytes) {
+  for (int64_t i = 0; i < count; ++i) {
+    sums[i] = take_span(ours + target[i] * bytes, theirs + source[i] * bytes, bytes);
+  }
+  _mm_sfence();
+}
 
 // Of a number that enters a product: 2 for bfloat16, 4 for float.
 int64_t pdserve_input_bytes() { return sizeof(Input); }
