@@ -8,11 +8,13 @@ caches.close()                                      after the engine stopped
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from cache_tiers.device_spans import DevicePool
 from cache_tiers.kv_events import KvEventPublisher
 from cache_tiers.manager import WRITE_LIMITS, TierManager
 from cache_tiers.spans import HostPool, PoolSpans
+from cache_tiers.write_path import WriteLimits
 from pdserve.config import CacheConfig
 from pdserve.engine.memory import MemoryKind, PoolMemory
 from pdserve.types import Fingerprint, Tier, TierBlocks, TierReach
@@ -34,6 +36,7 @@ class WorkerCaches:
                 incarnation=memory.incarnation,
                 redis_url=boot.redis_url,
                 pool=_pool_of(memory),
+                limits=_limits_of(memory),
             )
         self._publisher = KvEventPublisher(boot.host) if cache.kv_events else None
 
@@ -75,6 +78,12 @@ class WorkerCaches:
 
     def _clear(self, tiers: Sequence[Tier]) -> Mapping[Tier, int]:
         return self._manager.clear(tiers) if self._manager is not None else {}
+
+
+def _limits_of(memory: PoolMemory) -> WriteLimits:
+    """A device computes on while the host writes."""
+    shares_cores = memory.kind is MemoryKind.SHARED
+    return WRITE_LIMITS if shares_cores else replace(WRITE_LIMITS, pause_s=0.0)
 
 
 def _pool_of(memory: PoolMemory) -> PoolSpans:

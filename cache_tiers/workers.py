@@ -42,6 +42,7 @@ class Workers(Generic[J]):
         self._has_ended = threading.Condition(self._lock)
         self._queue: deque[J] = deque()
         self._busy = 0
+        self._awaited = 0  # by so many in ``wait_idle``
         self._stopped = False
         self._failures = 0
         self._threads = [
@@ -74,9 +75,22 @@ class Workers(Generic[J]):
     def wait_idle(self, deadline: float) -> bool:
         """Whether every job was done by ``deadline`` (time.monotonic())."""
         with self._lock:
-            return self._has_ended.wait_for(
-                lambda: not self._queue and not self._busy,
-                timeout=max(0.0, deadline - time.monotonic()),
+            self._awaited += 1
+            self._has_work.notify_all()
+            try:
+                return self._has_ended.wait_for(
+                    lambda: not self._queue and not self._busy,
+                    timeout=max(0.0, deadline - time.monotonic()),
+                )
+            finally:
+                self._awaited -= 1
+
+    def pause(self, seconds: float) -> None:
+        """Within a job of the only thread. Ends when one is queued, or somebody waits for all."""
+        assert len(self._threads) == 1
+        with self._lock:
+            self._has_work.wait_for(
+                lambda: self._queue or self._awaited or self._stopped, timeout=seconds
             )
 
     def stop(self) -> list[J]:

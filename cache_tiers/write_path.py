@@ -8,12 +8,14 @@ Redis. Should it fail to, a later reader misses them.
 No block stays pinned while bytes travel. Both threads work strictly in order, so a forget or a
 clear that comes after a write-back acts after it. What does not fit (too many blocks pinned, too
 many bytes aside) is dropped, newest first, and counted: a tier is never worth a wait.
+Where Redis and the engines compute on the same cores, a job is sent piece by piece: all at once, it
+would hold up the step that writes the answer's second token. Nothing that waits is kept waiting.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from cache_tiers.aside import Aside
@@ -29,6 +31,7 @@ from pdserve.types import BlockKey, Tier
 IDLE_S = 2.0
 _UNDELETED_MAX = 65536
 
+_Copy = tuple[BlockKey, memoryview]
 UnpinSink = Callable[[Unpin], None]
 
 
@@ -36,6 +39,8 @@ UnpinSink = Callable[[Unpin], None]
 class WriteLimits:
     pinned_blocks: int = 1024  # waiting for the writer thread
     aside_bytes: int = 128 << 20  # copied and waiting for Redis
+    piece_bytes: int = 1 << 19  # sent at once, but at least a block
+    pause_s: float = 0.01  # between two pieces while nothing else waits to be sent; 0: no pieces
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +235,7 @@ class WritePath:
 
     def _put(self, job: _Send) -> None:
         assert self._redis is not None
+        unsent = len(job.keys)
         try:
             held = self._redis.contains(job.keys)
             chosen = [
@@ -237,14 +243,27 @@ class WritePath:
                 for key, row, is_held in zip(job.keys, job.rows, held, strict=True)
                 if self._wants(key, is_held)
             ]
-            self._redis.put([key for key, _ in chosen], [value for _, value in chosen])
+            unsent = len(chosen)
+            for piece in self._pieces(chosen):
+                self._redis.put([key for key, _ in piece], [value for _, value in piece])
+                unsent -= len(piece)
+                self._deleted([key for key, _ in piece if key in self._undeleted])
+                if unsent and self._sender is not None:
+                    self._sender.pause(self._limits.pause_s)
         except TierError:
             with self._lock:
-                self._count(unsent_blocks=len(job.keys))
+                self._count(unsent_blocks=unsent)
             return
-        self._deleted([key for key, _ in chosen if key in self._undeleted])
         if self._undeleted:
             self._delete(())
+
+    def _pieces(self, blocks: Sequence[_Copy]) -> Iterator[Sequence[_Copy]]:
+        if not blocks:
+            return
+        paced = self._limits.pause_s > 0
+        count = max(1, self._limits.piece_bytes // blocks[0][1].nbytes) if paced else len(blocks)
+        for start in range(0, len(blocks), count):
+            yield blocks[start : start + count]
 
     def _wants(self, key: BlockKey, is_held: bool) -> bool:
         if key in self._undeleted:

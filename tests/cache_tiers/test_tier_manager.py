@@ -346,6 +346,63 @@ def test_bytes_for_redis_are_bounded(real_redis: RealRedis, worlds: list[World])
     assert world.read(keys) == [R] * 6
 
 
+def paced(piece_blocks: int) -> WriteLimits:
+    """Pauses that no test lasts for: what ends them is told by it."""
+    return WriteLimits(piece_bytes=piece_blocks * SPAN, pause_s=600.0)
+
+
+def stored(redis: RealRedis, least: int) -> int:
+    """How many values Redis holds, once it holds ``least``."""
+    deadline = time.monotonic() + 10
+    while (found := redis.client().dbsize()) < least:
+        assert time.monotonic() < deadline, f"{found} values"
+        time.sleep(0.001)
+    return int(found)
+
+
+def test_redis_gets_a_job_piece_by_piece_while_nothing_waits(
+    real_redis: RealRedis, worlds: list[World]
+) -> None:
+    world = open_world(worlds, real_redis.url, limits=paced(2))
+    keys = new_keys(8)
+    world.wait(world.start_write(keys[:5]))  # unpinned: no block waits for the pauses
+    assert stored(real_redis, 2) == 2
+    time.sleep(0.1)
+    assert stored(real_redis, 2) == 2
+    # What comes next ends the pause, and has its own.
+    world.wait(world.start_write(keys[5:8], 5))
+    assert stored(real_redis, 7) == 7
+    time.sleep(0.1)
+    assert stored(real_redis, 7) == 7
+    assert world.manager.quiesce(10)
+    assert world.read(keys) == [R] * 8
+
+
+def test_a_forget_and_a_clear_wait_for_no_pause(real_redis: RealRedis, worlds: list[World]) -> None:
+    world = open_world(worlds, real_redis.url, limits=paced(1))
+    keys = new_keys(6)
+    world.wait(world.start_write(keys[:3]))
+    assert stored(real_redis, 1) == 1
+    world.manager.forget([keys[2]])
+    deadline = time.monotonic() + 10
+    while world.read(keys[:3]) != [R] * 2:
+        assert time.monotonic() < deadline
+    world.wait(world.start_write(keys[3:], 3))
+    stored(real_redis, 3)
+    world.manager.clear([R])
+    assert stored(real_redis, 0) == 0
+
+
+def test_close_waits_for_no_pause(real_redis: RealRedis) -> None:
+    keys = new_keys(4)
+    world = World(real_redis.url, limits=paced(1))
+    world.wait(world.start_write(keys))
+    stored(real_redis, 1)
+    began = time.monotonic()
+    world.manager.close()
+    assert time.monotonic() - began < 60
+
+
 def test_close_delivers_what_was_written_and_ends_the_rest(
     real_redis: RealRedis, worlds: list[World]
 ) -> None:
