@@ -3,8 +3,8 @@
 One turn moves the same blocks each way: shared memory (copied and summed by the kernels, as workers
 do where there is a compiler, and by numpy and xxhash), memcpy, TCP, a bare socket. The checksum
 that the receiver compares is part of a read. The sender's is made when a block is final: once as in
-a hand-off, where the sender makes those of one chunk while the receiver reads the one before, and
-once on its own, to be added to a read.
+a hand-off of chunks, of which the receiver reads one while the sender makes those of the next, and
+once on its own, to be added to a read, as where all blocks were final before.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def run() -> Record:
     record = Record("handoff")
     with running_peer(BLOCKS, SPAN) as peer:
         pool = new_pool(BLOCKS, SPAN)
-        fast, record.notes["copied by"] = workers_spans()
+        fast, record.notes["copied by"] = workers_spans(SPAN)
         shm, shm_readers = _reading(peer, pool, Transport.SHM, fast)
         plain, plain_readers = _reading(peer, pool, Transport.SHM)
         tcp, tcp_readers = _reading(peer, pool, Transport.TCP)

@@ -21,7 +21,7 @@ import torch
 
 from kv_transfer.base import BlockOffer, Endpoint
 from kv_transfer.exporter import PoolExporter
-from pdserve.engine.host_spans import PLAIN_SPANS, HostSpans, NativeSpans
+from pdserve.engine.host_spans import HostSpans, choose_spans
 from pdserve.engine.memory import PoolMemory, allocate_cuda, allocate_shared
 from pdserve.engine.native import load_native
 from pdserve.engine.resolve import default_cache
@@ -44,12 +44,9 @@ def new_pool(blocks: int, span: int, device: str = "cpu") -> PoolMemory:
     return pool
 
 
-def workers_spans() -> tuple[HostSpans, str]:
-    """How a worker would copy and sum blocks here, and who does it."""
-    loading = load_native(default_cache() / "kernels")
-    if loading.kernels is None or not loading.kernels.pdserve_has_tiles():
-        return PLAIN_SPANS, loading.reason or "numpy and xxhash"
-    return NativeSpans(loading.kernels), "the kernels"
+def workers_spans(span: int) -> tuple[HostSpans, str]:
+    """How a worker copies and sums blocks here, and the line that says so."""
+    return choose_spans(load_native(default_cache() / "kernels").kernels, span)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +92,7 @@ def _serve(
     pipe: Connection, wanted: tuple[int, int, str], transports: tuple[Transport, ...]
 ) -> None:
     pool = new_pool(*wanted)
-    pool.spans, _ = workers_spans()
+    pool.spans, _ = workers_spans(pool.span_bytes)
     pool.blocks.random_(0, 256)
     exporter = PoolExporter(pool, FINGERPRINT, "127.0.0.1", TOKEN, transports)
     pipe.send((exporter.endpoint(), _bare_sender(pool.blocks.cpu(), wanted[1])))

@@ -36,7 +36,7 @@ class WorkerCaches:
                 incarnation=memory.incarnation,
                 redis_url=boot.redis_url,
                 pool=_pool_of(memory),
-                limits=_limits_of(memory),
+                limits=limits_of(memory),
             )
         self._publisher = KvEventPublisher(boot.host) if cache.kv_events else None
 
@@ -80,7 +80,7 @@ class WorkerCaches:
         return self._manager.clear(tiers) if self._manager is not None else {}
 
 
-def _limits_of(memory: PoolMemory) -> WriteLimits:
+def limits_of(memory: PoolMemory) -> WriteLimits:
     """A device computes on while the host writes."""
     shares_cores = memory.kind is MemoryKind.SHARED
     return WRITE_LIMITS if shares_cores else replace(WRITE_LIMITS, pause_s=0.0)

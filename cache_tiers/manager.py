@@ -178,6 +178,7 @@ class TierManager:
 
     def close(self, drain_s: float = DRAIN_S) -> None:
         """Gives what was written ``drain_s`` seconds to arrive, then ends every job."""
+        self._write_path.hurry()
         self.quiesce(drain_s)
         for job, done in self._readers.stop():
             done(_read_done(job, ()))

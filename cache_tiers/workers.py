@@ -40,9 +40,10 @@ class Workers(Generic[J]):
         self._lock = threading.Lock()
         self._has_work = threading.Condition(self._lock)
         self._has_ended = threading.Condition(self._lock)
+        self._pressed = threading.Condition(self._lock)
         self._queue: deque[J] = deque()
         self._busy = 0
-        self._awaited = 0  # by so many in ``wait_idle``
+        self._hurried = False  # until the job that is handled ends
         self._stopped = False
         self._failures = 0
         self._threads = [
@@ -70,28 +71,33 @@ class Workers(Generic[J]):
                 return False
             self._queue.append(job)
             self._has_work.notify()
+            self._pressed.notify_all()
             return True
 
     def wait_idle(self, deadline: float) -> bool:
         """Whether every job was done by ``deadline`` (time.monotonic())."""
         with self._lock:
-            self._awaited += 1
-            self._has_work.notify_all()
-            try:
-                return self._has_ended.wait_for(
-                    lambda: not self._queue and not self._busy,
-                    timeout=max(0.0, deadline - time.monotonic()),
-                )
-            finally:
-                self._awaited -= 1
+            return self._has_ended.wait_for(
+                lambda: not self._queue and not self._busy,
+                timeout=max(0.0, deadline - time.monotonic()),
+            )
 
-    def pause(self, seconds: float) -> None:
-        """Within a job of the only thread. Ends when one is queued, or somebody waits for all."""
+    def pause(self, seconds: float) -> bool:
+        """Within a job of the only thread. False, and at once: the job is to be done with soon.
+
+        That is so when another one is queued, after ``hurry``, and after ``stop``.
+        """
         assert len(self._threads) == 1
         with self._lock:
-            self._has_work.wait_for(
-                lambda: self._queue or self._awaited or self._stopped, timeout=seconds
+            return not self._pressed.wait_for(
+                lambda: self._queue or self._hurried or self._stopped, timeout=seconds
             )
+
+    def hurry(self) -> None:
+        """The job that is handled makes no more pauses."""
+        with self._lock:
+            self._hurried = self._busy > 0
+            self._pressed.notify_all()
 
     def stop(self) -> list[J]:
         """Takes no more jobs; returns those that were not begun."""
@@ -101,6 +107,7 @@ class Workers(Generic[J]):
             self._queue.clear()
             self._has_work.notify_all()
             self._has_ended.notify_all()
+            self._pressed.notify_all()
             return left_over
 
     def join(self, deadline: float) -> None:
@@ -124,6 +131,7 @@ class Workers(Generic[J]):
                 job = None  # an idle thread keeps no job's memory alive
                 with self._lock:
                     self._busy -= 1
+                    self._hurried = False
                     self._has_ended.notify_all()
             elif self._idle is not None:
                 self._guard(self._idle)

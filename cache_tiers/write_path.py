@@ -8,14 +8,15 @@ Redis. Should it fail to, a later reader misses them.
 No block stays pinned while bytes travel. Both threads work strictly in order, so a forget or a
 clear that comes after a write-back acts after it. What does not fit (too many blocks pinned, too
 many bytes aside) is dropped, newest first, and counted: a tier is never worth a wait.
-Where Redis and the engines compute on the same cores, a job is sent piece by piece: all at once, it
-would hold up the step that writes the answer's second token. Nothing that waits is kept waiting.
+Where the engines compute on the cores that send to Redis, a job is sent piece by piece: all at
+once, it would hold up the step that writes the answer's second token. What is left of it goes at
+once when something else is to be sent, when there is no room for more copies, and at the end.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from cache_tiers.aside import Aside
@@ -31,7 +32,6 @@ from pdserve.types import BlockKey, Tier
 IDLE_S = 2.0
 _UNDELETED_MAX = 65536
 
-_Copy = tuple[BlockKey, memoryview]
 UnpinSink = Callable[[Unpin], None]
 
 
@@ -40,7 +40,7 @@ class WriteLimits:
     pinned_blocks: int = 1024  # waiting for the writer thread
     aside_bytes: int = 128 << 20  # copied and waiting for Redis
     piece_bytes: int = 1 << 19  # sent at once, but at least a block
-    pause_s: float = 0.01  # between two pieces while nothing else waits to be sent; 0: no pieces
+    pause_s: float = 0.01  # between two pieces; 0: no pieces
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +103,7 @@ class WritePath:
         self._lock = threading.Lock()
         self._counts = WriteCounts()
         self._pinned = 0
+        self._hurried = False
         self._undeleted: dict[BlockKey, None] = {}  # the sender thread's own, oldest first
         self._sender: Workers[_Send | _Forget | Clearing] | None = None
         if redis is not None:
@@ -139,6 +140,12 @@ class WritePath:
         return self._writer.wait_idle(deadline) and (
             self._sender is None or self._sender.wait_idle(deadline)
         )
+
+    def hurry(self) -> None:
+        """From now on nothing is sent slowly."""
+        self._hurried = True
+        if self._sender is not None:
+            self._sender.hurry()
 
     def counts(self) -> WriteCounts:
         with self._lock:
@@ -204,7 +211,10 @@ class WritePath:
         """One copy of as many leading blocks as there is room for."""
         if self._redis is None:
             return None
-        rows = [] if self._redis.refuses_writes() else self._aside.take(len(keys))
+        refused = self._redis.refuses_writes()
+        rows = [] if refused else self._aside.take(len(keys))
+        if len(rows) < len(keys) and not refused and self._sender is not None:
+            self._sender.hurry()
         with self._lock:
             self._count(unsent_blocks=len(keys) - len(rows))
         try:
@@ -243,13 +253,15 @@ class WritePath:
                 for key, row, is_held in zip(job.keys, job.rows, held, strict=True)
                 if self._wants(key, is_held)
             ]
-            unsent = len(chosen)
-            for piece in self._pieces(chosen):
+            slowly = self._limits.pause_s > 0
+            while unsent := len(chosen):
+                count = self._piece(chosen) if slowly else unsent
+                # Asked again: who forgot one meanwhile need not wait for its deletion.
+                piece = [one for one in chosen[:count] if self._wants(one[0], False)]
                 self._redis.put([key for key, _ in piece], [value for _, value in piece])
-                unsent -= len(piece)
+                chosen = chosen[count:]
                 self._deleted([key for key, _ in piece if key in self._undeleted])
-                if unsent and self._sender is not None:
-                    self._sender.pause(self._limits.pause_s)
+                slowly = slowly and bool(chosen) and self._pause()
         except TierError:
             with self._lock:
                 self._count(unsent_blocks=unsent)
@@ -257,13 +269,13 @@ class WritePath:
         if self._undeleted:
             self._delete(())
 
-    def _pieces(self, blocks: Sequence[_Copy]) -> Iterator[Sequence[_Copy]]:
-        if not blocks:
-            return
-        paced = self._limits.pause_s > 0
-        count = max(1, self._limits.piece_bytes // blocks[0][1].nbytes) if paced else len(blocks)
-        for start in range(0, len(blocks), count):
-            yield blocks[start : start + count]
+    def _piece(self, blocks: Sequence[tuple[BlockKey, memoryview]]) -> int:
+        return max(1, self._limits.piece_bytes // blocks[0][1].nbytes)
+
+    def _pause(self) -> bool:
+        """Whether there is still time to pause."""
+        sender = self._sender
+        return sender is not None and not self._hurried and sender.pause(self._limits.pause_s)
 
     def _wants(self, key: BlockKey, is_held: bool) -> bool:
         if key in self._undeleted:

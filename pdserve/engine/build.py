@@ -21,7 +21,7 @@ from pdserve.engine.dtypes import resolve_dtype
 from pdserve.engine.engine import Engine
 from pdserve.engine.fused import why_not_fused
 from pdserve.engine.host_memory import HostShare, Memory, measure_host
-from pdserve.engine.host_spans import PLAIN_SPANS, HostSpans, NativeSpans, spans_right
+from pdserve.engine.host_spans import choose_spans
 from pdserve.engine.layout import BlockLayout, block_layout, fingerprint
 from pdserve.engine.memory import PoolMemory, allocate_cuda, allocate_shared
 from pdserve.engine.model import LoadedModel, load_model
@@ -99,8 +99,7 @@ def build_engine(
     layout = block_layout(config.engine.block_size, loaded.dtype, loaded.shapes)
     inputs = _sizing_inputs(free, share, loaded, where)
     size = size_pool(inputs, layout, config.engine, pool_blocks or config.engine.pool_blocks)
-    memory = _allocate(size.blocks, layout, incarnation, where)
-    memory.spans, spans_note = _spans(chosen.kernels, layout.span_bytes)
+    memory, spans_note = _allocate(size.blocks, layout, incarnation, where, chosen.kernels)
     turn, turn_note = _turn(config, where, why_not_fused(loaded))
     runner = ModelRunner(
         loaded, pool_view(memory.blocks, layout), chosen.kernels, turn, config.engine.pin_threads
@@ -131,19 +130,6 @@ def build_engine(
     )
     facts = _facts(model_path, loaded, layout)
     return BuiltEngine(engine, memory, turn, layout, facts, notes)
-
-
-def _spans(kernels: CDLL | TritonKernels | None, span_bytes: int) -> tuple[HostSpans, str]:
-    """And the line that says so."""
-    plain = "blocks of peers in shared memory: copied by numpy"
-    if not isinstance(kernels, CDLL) or not kernels.pdserve_has_tiles():
-        return PLAIN_SPANS, plain
-    if not NativeSpans.takes(span_bytes):
-        return PLAIN_SPANS, f"{plain}, as {span_bytes} bytes of a block are not whole lines"
-    spans = NativeSpans(kernels)
-    if not spans_right(spans, span_bytes):
-        return PLAIN_SPANS, f"{plain}, the kernels' copy is WRONG"
-    return spans, "blocks of peers in shared memory: copied and summed past the caches"
 
 
 def _probe_note(report: ProbeReport) -> str:
@@ -222,13 +208,21 @@ def _device(name: str) -> torch.device:
 
 
 def _allocate(
-    blocks: int, layout: BlockLayout, incarnation: Incarnation, device: torch.device
-) -> PoolMemory:
+    blocks: int,
+    layout: BlockLayout,
+    incarnation: Incarnation,
+    device: torch.device,
+    kernels: CDLL | TritonKernels | None,
+) -> tuple[PoolMemory, str]:
+    """And the line that says how its blocks are copied."""
+    span_bytes = layout.span_bytes
     if device.type == "cuda":
-        return allocate_cuda(blocks, layout.span_bytes, incarnation, device)
-    memory = allocate_shared(blocks, layout.span_bytes, incarnation)
+        return allocate_cuda(blocks, span_bytes, incarnation, device), "blocks on the device"
+    memory = allocate_shared(blocks, span_bytes, incarnation)
     take_pages(memory.blocks.numpy())
-    return memory
+    native = kernels if isinstance(kernels, CDLL) else None
+    memory.spans, note = choose_spans(native, span_bytes)
+    return memory, note
 
 
 def _model_notes(loaded: LoadedModel) -> tuple[str, ...]:

@@ -68,6 +68,7 @@ class NativeSpans:
         return span_bytes > _NATIVE_MORE_THAN and span_bytes % _LINE == 0
 
     def sums(self, pool: Rows, blocks: Sequence[int]) -> list[int]:
+        assert self.takes(pool.shape[1])
         wanted, found = _numbers(pool, blocks), np.empty(len(blocks), dtype=np.uint64)
         self._sum(
             pool.ctypes.data, wanted.ctypes.data, found.ctypes.data, len(wanted), pool.shape[1]
@@ -77,6 +78,7 @@ class NativeSpans:
     def take(
         self, theirs: Rows, source: Sequence[int], ours: Rows, target: Sequence[int]
     ) -> list[int]:
+        assert self.takes(ours.shape[1])
         assert theirs.shape[1] == ours.shape[1]
         assert len(source) == len(target)
         assert ours.ctypes.data % _LINE == 0
@@ -95,6 +97,19 @@ class NativeSpans:
 
 
 PLAIN_SPANS = PlainSpans()
+
+
+def choose_spans(kernels: ctypes.CDLL | None, span_bytes: int) -> tuple[HostSpans, str]:
+    """The fastest that serves here, and a line that says which."""
+    plain = "blocks in shared memory: copied by numpy"
+    if kernels is None or not kernels.pdserve_has_tiles():
+        return PLAIN_SPANS, plain
+    if not NativeSpans.takes(span_bytes):
+        return PLAIN_SPANS, f"{plain}, as {span_bytes} bytes of a block are not whole lines"
+    spans = NativeSpans(kernels)
+    if not spans_right(spans, span_bytes):
+        return PLAIN_SPANS, f"{plain}, the kernels' copy is WRONG"
+    return spans, "blocks in shared memory: copied and summed past the caches"
 
 
 def spans_right(spans: HostSpans, span_bytes: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from real_redis import RealRedis, new_keys
@@ -12,6 +13,7 @@ from tier_world import SPAN, World, open_world
 from cache_tiers import device_spans, manager, write_path
 from cache_tiers.aside import Aside
 from cache_tiers.fence import ForgetFence
+from cache_tiers.workers import Workers
 from cache_tiers.write_path import WriteLimits
 from pdserve.engine.api import TierReadDone, Unpin
 from pdserve.errors import TierError
@@ -364,7 +366,7 @@ def test_redis_gets_a_job_piece_by_piece_while_nothing_waits(
     real_redis: RealRedis, worlds: list[World]
 ) -> None:
     world = open_world(worlds, real_redis.url, limits=paced(2))
-    keys = new_keys(8)
+    keys = new_keys(9)
     world.wait(world.start_write(keys[:5]))  # unpinned: no block waits for the pauses
     assert stored(real_redis, 2) == 2
     time.sleep(0.1)
@@ -374,8 +376,9 @@ def test_redis_gets_a_job_piece_by_piece_while_nothing_waits(
     assert stored(real_redis, 7) == 7
     time.sleep(0.1)
     assert stored(real_redis, 7) == 7
+    world.wait(world.start_write(keys[8:], 8))
     assert world.manager.quiesce(10)
-    assert world.read(keys) == [R] * 8
+    assert world.read(keys) == [R] * 9
 
 
 def test_a_forget_and_a_clear_wait_for_no_pause(real_redis: RealRedis, worlds: list[World]) -> None:
@@ -384,23 +387,74 @@ def test_a_forget_and_a_clear_wait_for_no_pause(real_redis: RealRedis, worlds: l
     world.wait(world.start_write(keys[:3]))
     assert stored(real_redis, 1) == 1
     world.manager.forget([keys[2]])
-    deadline = time.monotonic() + 10
-    while world.read(keys[:3]) != [R] * 2:
-        assert time.monotonic() < deadline
+    assert world.manager.quiesce(10)
+    assert world.read(keys[:3]) == [R] * 2
+    stats = world.manager.stats().redis
+    assert stats is not None
+    assert stats.stored == 2, "a suspect block was sent after it had been forgotten"
     world.wait(world.start_write(keys[3:], 3))
     stored(real_redis, 3)
     world.manager.clear([R])
     assert stored(real_redis, 0) == 0
 
 
-def test_close_waits_for_no_pause(real_redis: RealRedis) -> None:
+def test_no_room_for_more_copies_ends_the_pauses(
+    real_redis: RealRedis, worlds: list[World]
+) -> None:
+    """Else all that is computed meanwhile would be kept from Redis."""
+    limits = replace(paced(1), aside_bytes=3 * SPAN)
+    world = open_world(worlds, real_redis.url, limits=limits)
+    keys = new_keys(6)
+    world.wait(world.start_write(keys[:3]))
+    assert stored(real_redis, 1) == 1
+    world.wait(world.start_write(keys[3:], 3))
+    assert world.manager.quiesce(10)
+    assert world.read(keys) == [R] * 3
+    assert world.manager.stats().writes.unsent_blocks == 3
+
+
+def test_what_a_failing_redis_did_not_take_is_counted(
+    real_redis: RealRedis, worlds: list[World]
+) -> None:
+    world = open_world(worlds, real_redis.url, limits=paced(2))
+    keys = new_keys(5)
+    world.wait(world.start_write(keys))
+    assert stored(real_redis, 2) == 2
+    real_redis.kill()
+    world.manager.forget([keys[0]])  # ends the pause
+    assert world.manager.quiesce(10)
+    assert world.manager.stats().writes.unsent_blocks == 3
+
+
+@pytest.mark.parametrize("drain_s", [0.0, 30.0])
+def test_close_waits_for_no_pause(real_redis: RealRedis, drain_s: float) -> None:
     keys = new_keys(4)
     world = World(real_redis.url, limits=paced(1))
     world.wait(world.start_write(keys))
     stored(real_redis, 1)
     began = time.monotonic()
-    world.manager.close()
-    assert time.monotonic() - began < 60
+    with watched() as still:
+        world.manager.close(drain_s)
+        took = time.monotonic() - began
+        assert took < manager.JOIN_S + still.seconds, "the sender was waited for in vain"
+    if drain_s:
+        assert stored(real_redis, 4) == 4
+
+
+def test_a_sender_that_is_stopped_pauses_no_more() -> None:
+    at_work, went_on = threading.Event(), threading.Event()
+
+    def handle(job: str) -> None:
+        at_work.set()
+        while workers.pause(600.0):
+            pass
+        went_on.set()
+
+    workers: Workers[str] = Workers("pausing", 1, handle)
+    workers.post("a job")
+    assert at_work.wait(10)
+    assert workers.stop() == []
+    assert went_on.wait(10)
 
 
 def test_close_delivers_what_was_written_and_ends_the_rest(

@@ -10,6 +10,7 @@ from real_redis import RealRedis, new_keys
 from tier_world import SPAN, World, open_world
 
 from cache_tiers import device_spans
+from cache_tiers.write_path import WriteLimits
 from pdserve.engine.api import PinTicket, TierReadDone, Unpin
 from pdserve.types import BlockKey, Tier
 
@@ -26,6 +27,11 @@ def as_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     return bool(request.param == "device")
 
 
+def limits_of(as_device: bool) -> WriteLimits:
+    """Where the pool is the host's, Redis gets two blocks at a time."""
+    return WriteLimits(piece_bytes=2 * SPAN, pause_s=0.0 if as_device else 0.002)
+
+
 def test_random_steps_agree_with_a_plain_dictionary(
     real_redis: RealRedis, worlds: list[World], as_device: bool
 ) -> None:
@@ -34,7 +40,14 @@ def test_random_steps_agree_with_a_plain_dictionary(
     print(f"seed {seed}")
     draw = random.Random(seed)
     chains = [[BlockKey(draw.randbytes(16)) for _ in range(8)] for _ in range(3)]
-    world = open_world(worlds, real_redis.url, host=24, timeout_s=PATIENT_S, as_device=as_device)
+    world = open_world(
+        worlds,
+        real_redis.url,
+        host=24,
+        limits=limits_of(as_device),
+        timeout_s=PATIENT_S,
+        as_device=as_device,
+    )
     in_host: set[BlockKey] = set()
     in_redis: set[BlockKey] = set()
     for _ in range(200):
@@ -80,6 +93,7 @@ def test_random_jobs_agree_with_what_was_written(
         real_redis.url,
         host=9,
         blocks=2020,
+        limits=limits_of(as_device),
         breaker_open_s=0.05,
         timeout_s=PATIENT_S,
         as_device=as_device,

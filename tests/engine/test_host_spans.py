@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import threading
 from collections.abc import Sequence
 
@@ -17,6 +18,7 @@ from pdserve.engine.host_spans import (
     PlainSpans,
     Rows,
     aligned_rows,
+    choose_spans,
     spans_right,
 )
 from tests.engine.model_world import HERE, kernel
@@ -44,7 +46,7 @@ def test_it_finds_and_copies_what_a_loop_does_and_touches_nothing_beside(spans: 
         theirs[:] = rng.integers(0, 256, theirs.shape, dtype=np.uint8)
         ours[:] = rng.integers(0, 256, ours.shape, dtype=np.uint8)
         expected = ours.copy()
-        count = int(rng.integers(0, 6))
+        count = int(rng.integers(1, 6))
         source = rng.integers(0, 5, count).tolist()
         target = rng.permutation(6)[:count].tolist()
         for there, here in zip(source, target, strict=True):
@@ -70,17 +72,39 @@ def test_a_copy_s_sum_is_of_what_was_copied_whoever_writes_meanwhile(spans: Host
     writer = threading.Thread(target=write)
     writer.start()
     try:
-        torn = 0
+        torn: set[int] = set()
         for _ in range(20_000):
             (found,) = spans.take(theirs, [0], ours, [0])
             assert found == xxhash.xxh3_64_intdigest(ours[0].data)
-            torn += not any(np.array_equal(ours[0], other) for other in others)
-            if torn == 200:
+            if not any(np.array_equal(ours[0], other) for other in others):
+                torn.add(found)
+            if len(torn) == 100:
                 break
         assert torn, "nothing was written while it was copied"
     finally:
         over.set()
         writer.join()
+
+
+def rows_before_a_wall(count: int, span: int) -> Rows:
+    """They end where memory begins that ends the process when it is touched."""
+    size = count * span
+    whole = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, whole + mmap.PAGESIZE)
+    begin = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None)
+    libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    assert libc.mprotect(begin + whole, mmap.PAGESIZE, 0) == 0
+    return np.frombuffer(memory, np.uint8, size, whole - size).reshape(count, span)
+
+
+@pytest.mark.parametrize("span", [256, 1088, 16_448])
+def test_nothing_behind_a_pool_is_touched(spans: HostSpans, span: int) -> None:
+    theirs, ours = rows_before_a_wall(3, span), rows_before_a_wall(3, span)
+    theirs[:] = np.random.default_rng(2).integers(0, 256, theirs.shape, dtype=np.uint8)
+    assert spans.take(theirs, [2], ours, [2]) == spans.sums(theirs, [2])
+    np.testing.assert_array_equal(ours[2], theirs[2])
+    assert not ours[:2].any()
 
 
 def test_one_changed_bit_changes_the_sum(spans: HostSpans) -> None:
@@ -97,6 +121,23 @@ def test_one_changed_bit_changes_the_sum(spans: HostSpans) -> None:
 def test_what_the_kernels_do_not_take_is_told(size: int) -> None:
     assert not NativeSpans.takes(size)
     assert NativeSpans.takes(256)
+
+
+def test_what_serves_is_chosen_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_spans(None, 1536) == (PLAIN_SPANS, "blocks in shared memory: copied by numpy")
+    kernels = kernel()
+    if not kernels.pdserve_has_tiles():
+        pytest.skip("no kernels that copy on this processor")
+    spans, note = choose_spans(kernels, 1536)
+    assert isinstance(spans, NativeSpans)
+    assert "past the caches" in note
+    spans, note = choose_spans(kernels, 1000)
+    assert spans is PLAIN_SPANS
+    assert "1000 bytes" in note
+    monkeypatch.setattr(NativeSpans, "sums", lambda self, pool, blocks: [0] * len(blocks))
+    spans, note = choose_spans(kernels, 1536)
+    assert spans is PLAIN_SPANS
+    assert "WRONG" in note
 
 
 def test_spans_that_do_wrong_are_found_out(spans: HostSpans) -> None:

@@ -30,7 +30,9 @@ from kv_transfer.exporter import PoolExporter
 from kv_transfer.host import MULTI_RANK_VARIABLE
 from kv_transfer.readers import ReaderPool
 from kv_transfer.serving import ServerStats
+from pdserve.engine.host_spans import NativeSpans
 from pdserve.engine.memory import PoolMemory, allocate_cuda, allocate_shared
+from pdserve.engine.native import load_native
 from pdserve.types import Fingerprint, Incarnation, Transport
 
 TOKEN = "a token of the tests' cluster"
@@ -53,6 +55,7 @@ class PeerSetup:
     socket_links: bool = False  # two-sided transfers over sockets instead of NCCL
     device: str = "cpu"
     handshake_seconds: float = 5.0
+    kernels: str = ""  # a folder with them, which sum its blocks
 
 
 def content(seed: int, block: int, span_bytes: int) -> Bytes:
@@ -85,6 +88,10 @@ class _Server:
             os.environ[MULTI_RANK_VARIABLE] = "1"
         self._setup = setup
         self._pool = new_pool(setup.num_blocks, setup.span_bytes, setup.device)
+        if setup.kernels:
+            kernels = load_native(Path(setup.kernels)).kernels
+            assert kernels is not None
+            self._pool.spans = NativeSpans(kernels)
         links = kv_links.SocketLinks() if setup.socket_links else None
         self._exporter = PoolExporter(
             self._pool, FINGERPRINT, setup.host, setup.token, setup.transports, links=links

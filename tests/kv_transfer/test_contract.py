@@ -49,7 +49,7 @@ from pdserve.errors import (
     TransferError,
 )
 from pdserve.types import Fingerprint, Incarnation, Transport
-from tests.engine.model_world import kernel
+from tests.engine.model_world import kernel, kernel_folder
 
 
 @dataclass(frozen=True)
@@ -163,18 +163,20 @@ def make_pair(case: Case, num_blocks: int, span_bytes: int, local_blocks: int) -
     if case.gpu:
         two = case.transport is Transport.NCCL and torch.cuda.device_count() > 1
         peer_device, local_device = "cuda:0", "cuda:1" if two else "cuda:0"
+    spans = spans_of(case)
     setup = PeerSetup(
         num_blocks,
         span_bytes,
         transports=case.transports,
         socket_links=case.socket_links,
         device=peer_device,
+        kernels=str(kernel_folder()) if isinstance(spans, NativeSpans) else "",
     )
     with running(setup) as peer:
         pool = new_pool(local_blocks, span_bytes, local_device)
         links = kv_links.SocketLinks() if case.socket_links else None
         config = TransferConfig(transports=tuple(t.value for t in case.transports))
-        pool.spans = spans_of(case)
+        pool.spans = spans
         readers = ReaderPool(pool, FINGERPRINT, config, TOKEN, links=links)
         try:
             yield Pair(case, peer, pool, readers)
