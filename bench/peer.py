@@ -46,7 +46,9 @@ def new_pool(blocks: int, span: int, device: str = "cpu") -> PoolMemory:
 
 def workers_spans(span: int) -> tuple[HostSpans, str]:
     """How a worker copies and sums blocks here, and the line that says so."""
-    return choose_spans(load_native(default_cache() / "kernels").kernels, span)
+    loading = load_native(default_cache() / "kernels")
+    spans, note = choose_spans(loading.kernels, span)
+    return spans, f"{note}; {loading.reason}" if loading.reason else note
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ class Aside:
         adopt: Adopt | None = None,
     ) -> None:
         """``adopt`` prepares the memory for copies, and gives what ends that."""
+        self.span_bytes = span_bytes
         rows = bytes_max // span_bytes
         try:
             self._rows = arena(rows, span_bytes)
@@ -39,6 +40,12 @@ class Aside:
         """As many rows as are free, at most ``count``."""
         with self._lock:
             return [self._free.pop() for _ in range(min(count, len(self._free)))]
+
+    @property
+    def scarce(self) -> bool:
+        """Fewer than half of the rows are free."""
+        with self._lock:
+            return 2 * len(self._free) < len(self._rows)
 
     def row(self, row: int) -> Bytes:
         """[span_bytes], writable."""

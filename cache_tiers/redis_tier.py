@@ -105,7 +105,7 @@ class RedisTier:
         writers: list[Incarnation] = []
         with self._lock:
             self._count.queries += len(keys)
-        for part in _split(keys, self._batch_spans()):
+        for part in _split(keys, self.batch_blocks):
             limit = min(self._timeout(len(part)), deadline - time.monotonic())
             if limit <= 0:
                 break
@@ -141,7 +141,7 @@ class RedisTier:
         """Stores every value, pipelined; what a failing batch already stored stays."""
         assert all(value.nbytes == self._span_bytes for value in values)
         done = 0
-        for part in _split(keys, self._batch_spans()):
+        for part in _split(keys, self.batch_blocks):
             spans = values[done : done + len(part)]
             parts = list(self._set_commands(part, spans))
             self._link.exchange(Direction.WRITE, parts, len(part), self._timeout(len(part)))
@@ -247,7 +247,8 @@ class RedisTier:
     def _name(self, key: BlockKey) -> bytes:
         return self._prefix + key.hex().encode()
 
-    def _batch_spans(self) -> int:
+    @property
+    def batch_blocks(self) -> int:
         return max(1, self._config.batch_bytes // (self._span_bytes + HEADER_BYTES))
 
     def _timeout(self, blocks: int) -> float:

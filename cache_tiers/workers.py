@@ -43,7 +43,7 @@ class Workers(Generic[J]):
         self._pressed = threading.Condition(self._lock)
         self._queue: deque[J] = deque()
         self._busy = 0
-        self._hurried = False  # until the job that is handled ends
+        self._hurried = 0  # so many jobs make no pauses, from the one that is handled on
         self._stopped = False
         self._failures = 0
         self._threads = [
@@ -94,9 +94,9 @@ class Workers(Generic[J]):
             )
 
     def hurry(self) -> None:
-        """The job that is handled makes no more pauses."""
+        """The jobs that were given until now make no more pauses."""
         with self._lock:
-            self._hurried = self._busy > 0
+            self._hurried = self._busy + len(self._queue)
             self._pressed.notify_all()
 
     def stop(self) -> list[J]:
@@ -131,7 +131,7 @@ class Workers(Generic[J]):
                 job = None  # an idle thread keeps no job's memory alive
                 with self._lock:
                     self._busy -= 1
-                    self._hurried = False
+                    self._hurried = max(0, self._hurried - 1)
                     self._has_ended.notify_all()
             elif self._idle is not None:
                 self._guard(self._idle)

@@ -10,7 +10,7 @@ clear that comes after a write-back acts after it. What does not fit (too many b
 many bytes aside) is dropped, newest first, and counted: a tier is never worth a wait.
 Where the engines compute on the cores that send to Redis, a job is sent piece by piece: all at
 once, it would hold up the step that writes the answer's second token. What is left of it goes at
-once when something else is to be sent, when there is no room for more copies, and at the end.
+once when something else is to be sent, when half the room for copies is taken, and at the end.
 """
 
 from __future__ import annotations
@@ -100,6 +100,7 @@ class WritePath:
         self._pool = pool
         self._limits = limits
         self._aside = aside
+        self._piece = max(1, limits.piece_bytes // aside.span_bytes)
         self._lock = threading.Lock()
         self._counts = WriteCounts()
         self._pinned = 0
@@ -213,7 +214,7 @@ class WritePath:
             return None
         refused = self._redis.refuses_writes()
         rows = [] if refused else self._aside.take(len(keys))
-        if len(rows) < len(keys) and not refused and self._sender is not None:
+        if self._sender is not None and not refused and self._aside.scarce:
             self._sender.hurry()
         with self._lock:
             self._count(unsent_blocks=len(keys) - len(rows))
@@ -238,39 +239,42 @@ class WritePath:
             else:
                 job.ended.set()
         else:
-            try:
-                self._put(job)
-            finally:
-                self._aside.give_back(job.rows)
+            self._put(job)
 
     def _put(self, job: _Send) -> None:
         assert self._redis is not None
-        unsent = len(job.keys)
+        waiting = dict(zip(job.rows, job.keys, strict=True))  # whose rows were not given back
         try:
             held = self._redis.contains(job.keys)
-            chosen = [
-                (key, self._aside.row(row).data)
-                for key, row, is_held in zip(job.keys, job.rows, held, strict=True)
-                if self._wants(key, is_held)
+            needless = [
+                row
+                for (row, key), is_held in zip(waiting.items(), held, strict=True)
+                if not self._wants(key, is_held)
             ]
+            self._sent(waiting, needless)
             slowly = self._limits.pause_s > 0
-            while unsent := len(chosen):
-                count = self._piece(chosen) if slowly else unsent
-                # Asked again: who forgot one meanwhile need not wait for its deletion.
-                piece = [one for one in chosen[:count] if self._wants(one[0], False)]
-                self._redis.put([key for key, _ in piece], [value for _, value in piece])
-                chosen = chosen[count:]
-                self._deleted([key for key, _ in piece if key in self._undeleted])
-                slowly = slowly and bool(chosen) and self._pause()
+            while waiting:
+                rows = list(waiting)[: self._piece if slowly else self._redis.batch_blocks]
+                # Asked again: what was forgotten meanwhile need not wait for its deletion.
+                piece = [row for row in rows if self._wants(waiting[row], False)]
+                keys = [waiting[row] for row in piece]
+                self._redis.put(keys, [self._aside.row(row).data for row in piece])
+                self._deleted([key for key in keys if key in self._undeleted])
+                self._sent(waiting, rows)
+                slowly = slowly and bool(waiting) and self._pause()
         except TierError:
             with self._lock:
-                self._count(unsent_blocks=unsent)
+                self._count(unsent_blocks=len(waiting))
             return
+        finally:
+            self._sent(waiting, list(waiting))
         if self._undeleted:
             self._delete(())
 
-    def _piece(self, blocks: Sequence[tuple[BlockKey, memoryview]]) -> int:
-        return max(1, self._limits.piece_bytes // blocks[0][1].nbytes)
+    def _sent(self, waiting: dict[int, BlockKey], rows: Sequence[int]) -> None:
+        for row in rows:
+            del waiting[row]
+        self._aside.give_back(rows)
 
     def _pause(self) -> bool:
         """Whether there is still time to pause."""

@@ -409,21 +409,37 @@ def test_no_room_for_more_copies_ends_the_pauses(
     assert stored(real_redis, 1) == 1
     world.wait(world.start_write(keys[3:], 3))
     assert world.manager.quiesce(10)
-    assert world.read(keys) == [R] * 3
-    assert world.manager.stats().writes.unsent_blocks == 3
+    assert world.read(keys) == [R] * 4  # a row was free again
+    assert world.manager.stats().writes.unsent_blocks == 2
+
+
+def test_jobs_that_wait_make_no_pauses_once_room_is_scarce(
+    real_redis: RealRedis, worlds: list[World]
+) -> None:
+    limits = replace(paced(1), aside_bytes=6 * SPAN)
+    world = open_world(worlds, real_redis.url, limits=limits, timeout_s=5.0)
+    keys = new_keys(7)
+    world.write(new_keys(1))
+    real_redis.pause()
+    for first in (0, 3):
+        world.wait(world.start_write(keys[first : first + 3], first))
+    world.wait(world.start_write(keys[6:], 6))  # gets no row, so it is not behind the second
+    real_redis.resume()
+    assert world.manager.quiesce(10)
+    assert world.read(keys) == [R] * 6
 
 
 def test_what_a_failing_redis_did_not_take_is_counted(
     real_redis: RealRedis, worlds: list[World]
 ) -> None:
     world = open_world(worlds, real_redis.url, limits=paced(2))
-    keys = new_keys(5)
+    keys = new_keys(16)
     world.wait(world.start_write(keys))
     assert stored(real_redis, 2) == 2
     real_redis.kill()
     world.manager.forget([keys[0]])  # ends the pause
     assert world.manager.quiesce(10)
-    assert world.manager.stats().writes.unsent_blocks == 3
+    assert world.manager.stats().writes.unsent_blocks == 14
 
 
 @pytest.mark.parametrize("drain_s", [0.0, 30.0])
@@ -453,6 +469,7 @@ def test_a_sender_that_is_stopped_pauses_no_more() -> None:
     workers: Workers[str] = Workers("pausing", 1, handle)
     workers.post("a job")
     assert at_work.wait(10)
+    time.sleep(0.1)  # in its pause by now
     assert workers.stop() == []
     assert went_on.wait(10)
 

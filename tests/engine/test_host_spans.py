@@ -55,6 +55,7 @@ def test_it_finds_and_copies_what_a_loop_does_and_touches_nothing_beside(spans: 
         assert spans.sums(theirs, source) == sums
         assert spans.take(theirs, source, ours, target) == sums
         np.testing.assert_array_equal(ours, expected)
+        assert spans.take(theirs, [], ours, []) == spans.sums(theirs, []) == []
 
 
 def test_a_copy_s_sum_is_of_what_was_copied_whoever_writes_meanwhile(spans: HostSpans) -> None:
