@@ -16,8 +16,9 @@ from cache_tiers.manager import WRITE_LIMITS, TierManager
 from cache_tiers.spans import HostPool, PoolSpans
 from cache_tiers.write_path import WriteLimits
 from pdserve.config import CacheConfig
+from pdserve.engine.build import BuiltEngine
 from pdserve.engine.memory import MemoryKind, PoolMemory
-from pdserve.types import Fingerprint, Tier, TierBlocks, TierReach
+from pdserve.types import Tier, TierBlocks, TierReach
 from pdserve.worker.boot import WorkerBoot
 from pdserve.worker.core import Ports
 
@@ -25,18 +26,20 @@ from pdserve.worker.core import Ports
 class WorkerCaches:
     """Owns the tiers of one worker."""
 
-    def __init__(self, boot: WorkerBoot, memory: PoolMemory, fingerprint: Fingerprint) -> None:
+    def __init__(self, boot: WorkerBoot, built: BuiltEngine) -> None:
+        memory, turn = built.memory, built.turn
         cache = boot.config.cache
         self._manager: TierManager | None = None
         if self.memory_bytes(cache, boot.redis_url):
             self._manager = TierManager(
                 cache,
                 span_bytes=memory.span_bytes,
-                fingerprint=fingerprint,
+                fingerprint=built.facts.fingerprint,
                 incarnation=memory.incarnation,
                 redis_url=boot.redis_url,
                 pool=_pool_of(memory),
                 limits=limits_of(memory),
+                computing=lambda: turn is not None and turn.is_taken,
             )
         self._publisher = KvEventPublisher(boot.host) if cache.kv_events else None
 

@@ -81,6 +81,7 @@ class TierManager:
         redis_url: str,
         pool: PoolSpans,
         limits: WriteLimits = WRITE_LIMITS,
+        computing: Callable[[], bool] = lambda: False,
     ) -> None:
         self._pool = pool
         self._span_bytes = span_bytes
@@ -95,7 +96,9 @@ class TierManager:
         self._readers: Workers[tuple[TierRead, ReadSink]] = Workers(
             "tier-read", READERS, self._handle_read
         )
-        self._write_path = WritePath(self._host, self._redis, self._fence, pool, aside, limits)
+        self._write_path = WritePath(
+            self._host, self._redis, self._fence, pool, aside, limits, computing
+        )
 
     @property
     def enabled(self) -> bool:

@@ -8,14 +8,16 @@ Redis. Should it fail to, a later reader misses them.
 No block stays pinned while bytes travel. Both threads work strictly in order, so a forget or a
 clear that comes after a write-back acts after it. What does not fit (too many blocks pinned, too
 many bytes aside) is dropped, newest first, and counted: a tier is never worth a wait.
-Where the engines compute on the cores that send to Redis, a job is sent piece by piece: all at
-once, it would hold up the step that writes the answer's second token. What is left of it goes at
-once when something else is to be sent, when half the room for copies is taken, and at the end.
+Where the engines compute on the cores that send to Redis, a job is sent piece by piece, each when
+nobody computes, if there is such a moment soon: all at once, it would hold up the step that writes
+the answer's second token. What is left of it goes at once when something else is to be sent, when
+half the room for copies is taken, and at the end.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -41,6 +43,7 @@ class WriteLimits:
     aside_bytes: int = 128 << 20  # copied and waiting for Redis
     piece_bytes: int = 1 << 19  # sent at once, but at least a block
     pause_s: float = 0.01  # between two pieces; 0: no pieces
+    patience_s: float = 1.0  # for moments in which nobody computes, for a job
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +83,7 @@ class Clearing:
 class _Send:
     keys: tuple[BlockKey, ...]
     rows: tuple[int, ...]  # of the copies, one for each key
+    due: float  # time.monotonic() from which on nobody's computing is waited for
 
 
 class WritePath:
@@ -93,7 +97,10 @@ class WritePath:
         pool: PoolSpans,
         aside: Aside,
         limits: WriteLimits,
+        computing: Callable[[], bool],
     ) -> None:
+        """``computing``: whether an engine does now, on the cores that send to Redis."""
+        self._computing = computing
         self._host = host
         self._redis = redis
         self._fence = fence
@@ -223,7 +230,8 @@ class WritePath:
         except BaseException:
             self._aside.give_back(rows)
             raise
-        return _Send(tuple(keys[: len(rows)]), tuple(rows)) if rows else None
+        due = time.monotonic() + self._limits.patience_s
+        return _Send(tuple(keys[: len(rows)]), tuple(rows), due) if rows else None
 
     # ---- the sender's thread ---------------------------------------------------------------------
 
@@ -254,6 +262,7 @@ class WritePath:
             self._sent(waiting, needless)
             slowly = self._limits.pause_s > 0
             while waiting:
+                slowly = slowly and self._has_moment(job.due)
                 rows = list(waiting)[: self._piece if slowly else self._redis.batch_blocks]
                 # Asked again: what was forgotten meanwhile need not wait for its deletion.
                 piece = [row for row in rows if self._wants(waiting[row], False)]
@@ -275,6 +284,13 @@ class WritePath:
         for row in rows:
             del waiting[row]
         self._aside.give_back(rows)
+
+    def _has_moment(self, due: float) -> bool:
+        """Waits for one. False: there is no time for that."""
+        while self._computing() and time.monotonic() < due:
+            if not self._pause():
+                return False
+        return True
 
     def _pause(self) -> bool:
         """Whether there is still time to pause."""

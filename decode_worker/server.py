@@ -36,7 +36,7 @@ class DecodeWorker:
         tier_bytes = WorkerCaches.memory_bytes(config.cache, boot.redis_url)
         self._core = WorkerCore(boot, KeyMaker(boot.hash_key).child, tier_bytes)
         built = self._core.built
-        self._caches = WorkerCaches(boot, built.memory, built.facts.fingerprint)
+        self._caches = WorkerCaches(boot, built)
         readers = ReaderPool(
             built.memory,
             built.facts.fingerprint,

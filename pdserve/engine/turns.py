@@ -65,6 +65,12 @@ class Turn:
         return int(self.struct.place)
 
     @property
+    def is_taken(self) -> bool:
+        """Whether somebody computes now; one who died in its turn does until another takes it."""
+        (owner,) = struct.unpack_from("<I", self._map, 0)
+        return bool(owner)
+
+    @property
     def waited_s(self) -> float:
         """For others, all in all."""
         return float(self.struct.waited) / 1e9

@@ -381,6 +381,44 @@ def test_redis_gets_a_job_piece_by_piece_while_nothing_waits(
     assert world.read(keys) == [R] * 9
 
 
+def test_redis_gets_a_job_when_nobody_computes(real_redis: RealRedis, worlds: list[World]) -> None:
+    busy = threading.Event()
+    busy.set()
+    limits = WriteLimits(piece_bytes=SPAN, pause_s=0.001, patience_s=600.0)
+    world = open_world(worlds, real_redis.url, limits=limits, computing=busy.is_set)
+    keys = new_keys(3)
+    world.wait(world.start_write(keys))
+    assert not world.manager.quiesce(0.1)
+    assert stored(real_redis, 0) == 0
+    busy.clear()
+    assert world.manager.quiesce(10)
+    assert world.read(keys) == [R] * 3
+
+
+def test_for_such_a_moment_a_job_waits_only_so_long(
+    real_redis: RealRedis, worlds: list[World]
+) -> None:
+    limits = WriteLimits(piece_bytes=SPAN, pause_s=0.001, patience_s=0.05)
+    world = open_world(worlds, real_redis.url, limits=limits, computing=lambda: True)
+    keys = new_keys(3)
+    world.write(keys)
+    assert world.read(keys) == [R] * 3
+
+
+def test_what_comes_next_is_not_kept_waiting_for_a_moment(
+    real_redis: RealRedis, worlds: list[World]
+) -> None:
+    limits = WriteLimits(piece_bytes=SPAN, pause_s=0.001, patience_s=600.0)
+    world = open_world(worlds, real_redis.url, limits=limits, computing=lambda: True)
+    keys = new_keys(3)
+    world.wait(world.start_write(keys))
+    world.manager.clear([R])
+    assert world.read(keys) == []
+    stats = world.manager.stats().redis
+    assert stats is not None
+    assert stats.stored == 3
+
+
 def test_a_forget_and_a_clear_wait_for_no_pause(real_redis: RealRedis, worlds: list[World]) -> None:
     world = open_world(worlds, real_redis.url, limits=paced(1))
     keys = new_keys(6)

@@ -50,6 +50,7 @@ class World:
         writer: Incarnation = WRITER,
         on_span: Callable[[int], None] = lambda block: None,
         as_device: bool = False,
+        computing: Callable[[], bool] = lambda: False,
         **redis: object,
     ) -> None:
         self.pool = np.zeros((blocks, SPAN), dtype=np.uint8)
@@ -65,6 +66,7 @@ class World:
             redis_url,
             DevicePool(torch.from_numpy(self.pool)) if as_device else HostPool(self._span),
             limits or WriteLimits(),
+            computing,
         )
 
     def _span(self, block: int) -> memoryview:
