@@ -90,6 +90,16 @@ def test_one_at_a_time_in_the_order_of_asking(path: Path) -> None:
         turn.close()
 
 
+def test_everybody_sees_whether_somebody_computes(pair: tuple[Turn, Turn]) -> None:
+    one, other = pair
+    assert not one.is_taken
+    take(other)
+    assert one.is_taken
+    assert other.is_taken
+    give(other)
+    assert not one.is_taken
+
+
 def test_many_engines_in_many_turns_are_never_two_at_once(path: Path) -> None:
     turns = [open_turn(10.0, path) for _ in range(5)]
     inside, most, rounds = 0, 0, [0] * len(turns)
