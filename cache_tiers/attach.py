@@ -38,7 +38,7 @@ class WorkerCaches:
                 incarnation=memory.incarnation,
                 redis_url=boot.redis_url,
                 pool=_pool_of(memory),
-                limits=limits_of(memory),
+                limits=_limits_of(memory),
                 computing=lambda: turn is not None and turn.is_taken,
             )
         self._publisher = KvEventPublisher(boot.host) if cache.kv_events else None
@@ -83,7 +83,7 @@ class WorkerCaches:
         return self._manager.clear(tiers) if self._manager is not None else {}
 
 
-def limits_of(memory: PoolMemory) -> WriteLimits:
+def _limits_of(memory: PoolMemory) -> WriteLimits:
     """A device computes on while the host writes."""
     shares_cores = memory.kind is MemoryKind.SHARED
     return WRITE_LIMITS if shares_cores else replace(WRITE_LIMITS, pause_s=0.0)

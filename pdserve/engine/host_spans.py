@@ -39,9 +39,14 @@ class HostSpans(Protocol):
         ...
 
 
+def span_sum(span: memoryview) -> int:
+    """0 <= sum < 2**64. Releases the GIL."""
+    return xxhash.xxh3_64_intdigest(span)
+
+
 class PlainSpans:
     def sums(self, pool: Rows, blocks: Sequence[int]) -> list[int]:
-        return [xxhash.xxh3_64_intdigest(pool[block].data) for block in blocks]
+        return [span_sum(pool[block].data) for block in blocks]
 
     def take(
         self, theirs: Rows, source: Sequence[int], ours: Rows, target: Sequence[int]
@@ -49,7 +54,7 @@ class PlainSpans:
         found = []
         for their_block, our_block in zip(source, target, strict=True):
             np.copyto(ours[our_block], theirs[their_block])
-            found.append(xxhash.xxh3_64_intdigest(ours[our_block].data))
+            found.append(span_sum(ours[our_block].data))
         return found
 
 

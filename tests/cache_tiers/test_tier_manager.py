@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import replace
 
 import pytest
 from real_redis import RealRedis, new_keys
@@ -13,7 +12,6 @@ from tier_world import SPAN, World, open_world
 from cache_tiers import device_spans, manager, write_path
 from cache_tiers.aside import Aside
 from cache_tiers.fence import ForgetFence
-from cache_tiers.workers import Workers
 from cache_tiers.write_path import WriteLimits
 from pdserve.engine.api import TierReadDone, Unpin
 from pdserve.errors import TierError
@@ -346,170 +344,6 @@ def test_bytes_for_redis_are_bounded(real_redis: RealRedis, worlds: list[World])
     # What was sent makes room again.
     world.write(keys[3:6])
     assert world.read(keys) == [R] * 6
-
-
-def paced(piece_blocks: int) -> WriteLimits:
-    """Pauses that no test lasts for: what ends them is told by it."""
-    return WriteLimits(piece_bytes=piece_blocks * SPAN, pause_s=600.0)
-
-
-def stored(redis: RealRedis, least: int) -> int:
-    """How many values Redis holds, once it holds ``least``."""
-    deadline = time.monotonic() + 10
-    while (found := redis.client().dbsize()) < least:
-        assert time.monotonic() < deadline, f"{found} values"
-        time.sleep(0.001)
-    return int(found)
-
-
-def test_redis_gets_a_job_piece_by_piece_while_nothing_waits(
-    real_redis: RealRedis, worlds: list[World]
-) -> None:
-    world = open_world(worlds, real_redis.url, limits=paced(2))
-    keys = new_keys(9)
-    world.wait(world.start_write(keys[:5]))  # unpinned: no block waits for the pauses
-    assert stored(real_redis, 2) == 2
-    time.sleep(0.1)
-    assert stored(real_redis, 2) == 2
-    # What comes next ends the pause, and has its own.
-    world.wait(world.start_write(keys[5:8], 5))
-    assert stored(real_redis, 7) == 7
-    time.sleep(0.1)
-    assert stored(real_redis, 7) == 7
-    world.wait(world.start_write(keys[8:], 8))
-    assert world.manager.quiesce(10)
-    assert world.read(keys) == [R] * 9
-
-
-def test_redis_gets_a_job_when_nobody_computes(real_redis: RealRedis, worlds: list[World]) -> None:
-    busy = threading.Event()
-    busy.set()
-    limits = WriteLimits(piece_bytes=SPAN, pause_s=0.001, patience_s=600.0)
-    world = open_world(worlds, real_redis.url, limits=limits, computing=busy.is_set)
-    keys = new_keys(3)
-    world.wait(world.start_write(keys))
-    assert not world.manager.quiesce(0.1)
-    assert stored(real_redis, 0) == 0
-    busy.clear()
-    assert world.manager.quiesce(10)
-    assert world.read(keys) == [R] * 3
-
-
-def test_for_such_a_moment_a_job_waits_only_so_long(
-    real_redis: RealRedis, worlds: list[World]
-) -> None:
-    limits = WriteLimits(piece_bytes=SPAN, pause_s=0.001, patience_s=0.05)
-    world = open_world(worlds, real_redis.url, limits=limits, computing=lambda: True)
-    keys = new_keys(3)
-    world.write(keys)
-    assert world.read(keys) == [R] * 3
-
-
-def test_what_comes_next_is_not_kept_waiting_for_a_moment(
-    real_redis: RealRedis, worlds: list[World]
-) -> None:
-    limits = WriteLimits(piece_bytes=SPAN, pause_s=0.001, patience_s=600.0)
-    world = open_world(worlds, real_redis.url, limits=limits, computing=lambda: True)
-    keys = new_keys(3)
-    world.wait(world.start_write(keys))
-    world.manager.clear([R])
-    assert world.read(keys) == []
-    stats = world.manager.stats().redis
-    assert stats is not None
-    assert stats.stored == 3
-
-
-def test_a_forget_and_a_clear_wait_for_no_pause(real_redis: RealRedis, worlds: list[World]) -> None:
-    world = open_world(worlds, real_redis.url, limits=paced(1))
-    keys = new_keys(6)
-    world.wait(world.start_write(keys[:3]))
-    assert stored(real_redis, 1) == 1
-    world.manager.forget([keys[2]])
-    assert world.manager.quiesce(10)
-    assert world.read(keys[:3]) == [R] * 2
-    stats = world.manager.stats().redis
-    assert stats is not None
-    assert stats.stored == 2, "a suspect block was sent after it had been forgotten"
-    world.wait(world.start_write(keys[3:], 3))
-    stored(real_redis, 3)
-    world.manager.clear([R])
-    assert stored(real_redis, 0) == 0
-
-
-def test_no_room_for_more_copies_ends_the_pauses(
-    real_redis: RealRedis, worlds: list[World]
-) -> None:
-    """Else all that is computed meanwhile would be kept from Redis."""
-    limits = replace(paced(1), aside_bytes=3 * SPAN)
-    world = open_world(worlds, real_redis.url, limits=limits)
-    keys = new_keys(6)
-    world.wait(world.start_write(keys[:3]))
-    assert stored(real_redis, 1) == 1
-    world.wait(world.start_write(keys[3:], 3))
-    assert world.manager.quiesce(10)
-    assert world.read(keys) == [R] * 4  # a row was free again
-    assert world.manager.stats().writes.unsent_blocks == 2
-
-
-def test_jobs_that_wait_make_no_pauses_once_room_is_scarce(
-    real_redis: RealRedis, worlds: list[World]
-) -> None:
-    limits = replace(paced(1), aside_bytes=6 * SPAN)
-    world = open_world(worlds, real_redis.url, limits=limits, timeout_s=5.0)
-    keys = new_keys(7)
-    world.write(new_keys(1))
-    real_redis.pause()
-    for first in (0, 3):
-        world.wait(world.start_write(keys[first : first + 3], first))
-    world.wait(world.start_write(keys[6:], 6))  # gets no row, so it is not behind the second
-    real_redis.resume()
-    assert world.manager.quiesce(10)
-    assert world.read(keys) == [R] * 6
-
-
-def test_what_a_failing_redis_did_not_take_is_counted(
-    real_redis: RealRedis, worlds: list[World]
-) -> None:
-    world = open_world(worlds, real_redis.url, limits=paced(2))
-    keys = new_keys(16)
-    world.wait(world.start_write(keys))
-    assert stored(real_redis, 2) == 2
-    real_redis.kill()
-    world.manager.forget([keys[0]])  # ends the pause
-    assert world.manager.quiesce(10)
-    assert world.manager.stats().writes.unsent_blocks == 14
-
-
-@pytest.mark.parametrize("drain_s", [0.0, 30.0])
-def test_close_waits_for_no_pause(real_redis: RealRedis, drain_s: float) -> None:
-    keys = new_keys(4)
-    world = World(real_redis.url, limits=paced(1))
-    world.wait(world.start_write(keys))
-    stored(real_redis, 1)
-    began = time.monotonic()
-    with watched() as still:
-        world.manager.close(drain_s)
-        took = time.monotonic() - began
-        assert took < manager.JOIN_S + still.seconds, "the sender was waited for in vain"
-    if drain_s:
-        assert stored(real_redis, 4) == 4
-
-
-def test_a_sender_that_is_stopped_pauses_no_more() -> None:
-    at_work, went_on = threading.Event(), threading.Event()
-
-    def handle(job: str) -> None:
-        at_work.set()
-        while workers.pause(600.0):
-            pass
-        went_on.set()
-
-    workers: Workers[str] = Workers("pausing", 1, handle)
-    workers.post("a job")
-    assert at_work.wait(10)
-    time.sleep(0.1)  # in its pause by now
-    assert workers.stop() == []
-    assert went_on.wait(10)
 
 
 def test_close_delivers_what_was_written_and_ends_the_rest(

@@ -20,6 +20,7 @@ from kv_transfer.exporter import PoolExporter
 from kv_transfer.readers import ReaderPool
 from kv_transfer.shm import ShmReader
 from pdserve.config import TransferConfig
+from pdserve.engine.host_spans import PlainSpans, Rows
 from pdserve.engine.memory import PoolMemory, allocate_shared
 from pdserve.errors import ChecksumMismatch, StaleBlock
 from pdserve.types import Incarnation, Transport
@@ -131,3 +132,25 @@ def test_without_the_incarnation_a_stranger_is_read(
 ) -> None:
     monkeypatch.setattr(kv_transfer.shm, "_check_file", lambda fd, endpoint: None)
     assert another_process_in_its_place(two) == bytes([7]) * SPAN
+
+
+def test_what_a_pool_says_of_its_copies_is_what_is_used(two: Two) -> None:
+    """A fast way that nobody takes is wrong in no test and slow in every cluster."""
+    used: list[str] = []
+
+    class Recording(PlainSpans):
+        def sums(self, pool: Rows, blocks: Sequence[int]) -> list[int]:
+            used.append("sums")
+            return super().sums(pool, blocks)
+
+        def take(
+            self, theirs: Rows, source: Sequence[int], ours: Rows, target: Sequence[int]
+        ) -> list[int]:
+            used.append("take")
+            return super().take(theirs, source, ours, target)
+
+    two.theirs.spans = two.ours.spans = Recording()
+    two.fill(1, 7)
+    (offer,) = two.exporter.offers([(0, 1)])
+    assert two.read(offer) == bytes([7]) * SPAN
+    assert used == ["sums", "take"]
