@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from cache_tiers.device_spans import DevicePool
 from cache_tiers.kv_events import KvEventPublisher
-from cache_tiers.manager import WRITE_LIMITS, TierManager
+from cache_tiers.manager import TierManager
 from cache_tiers.spans import HostPool, PoolSpans
 from cache_tiers.write_path import WriteLimits
 from pdserve.config import CacheConfig
@@ -21,6 +21,8 @@ from pdserve.engine.memory import MemoryKind, PoolMemory
 from pdserve.types import Tier, TierBlocks, TierReach
 from pdserve.worker.boot import WorkerBoot
 from pdserve.worker.core import Ports
+
+WRITE_LIMITS = WriteLimits()
 
 
 class WorkerCaches:

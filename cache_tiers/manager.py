@@ -49,7 +49,6 @@ READERS = 2
 DRAIN_S = 2.0
 JOIN_S = 5.0
 CLEAR_S = 60.0
-WRITE_LIMITS = WriteLimits()
 
 ReadSink = Callable[[TierReadDone], None]
 
@@ -80,8 +79,8 @@ class TierManager:
         incarnation: Incarnation,
         redis_url: str,
         pool: PoolSpans,
-        limits: WriteLimits = WRITE_LIMITS,
-        computing: Callable[[], bool] = lambda: False,
+        limits: WriteLimits,
+        computing: Callable[[], bool],
     ) -> None:
         self._pool = pool
         self._span_bytes = span_bytes
