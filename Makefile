@@ -63,8 +63,8 @@ $(INTERPRETED): | $(STAMP)
 test: $(STAMP) $(INTERPRETED)
 	$(BIN)/python -m pytest $(ARGS)
 
-# Side by side with peers, each in an environment of its own; about an hour on two quiet cores.
-# make bench ARGS='handoff added --budget 10' runs some, for so many minutes.
+# Side by side with peers, each in an environment of its own; two hours on two slow cores.
+# make bench ARGS='handoff added --budget 10' runs some, and begins none after so many minutes.
 bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet -e '.[bench]'
 	$(BIN)/python -m bench $(ARGS)

@@ -1,13 +1,14 @@
 """``python -m bench [NAME...]``: runs measurements one after the other and keeps their results.
 
-Without names all run, shortest first, until ``--budget`` minutes are over; what was left out is
-said. A measurement that fails is told at the end, and the others still run.
+Without names all run, shortest first. None begins once ``--budget`` minutes are over; what was left
+out is said. A measurement that fails is told at the end, and the others still run.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import sys
 import time
 import traceback
@@ -17,19 +18,19 @@ from bench.record import Record
 
 # Each has a module here with ``run() -> Record``; in the order in which they run.
 MEASUREMENTS = {
-    "engines": "the bare engines: ours, vLLM, transformers, llama.cpp",
-    "servers": "the same shapes over HTTP, whole runs: ours and vLLM's server",
-    "startup": "from the command to the first token: ours and vLLM's server",
-    "quality": "what quantized weights cost: perplexity and greedy agreement beside float32",
-    "handoff": "KV blocks over shared memory and TCP, beside memcpy and a bare socket",
-    "loading": "reading weights, cold and warm, beside transformers, load_file and the disk",
     "redis_values": "the Redis tier beside pipelined redis-py",
-    "added": "what the way through the cluster adds to the bare engine",
-    "router_alone": "the router over workers that answer at once, beside sglang-router",
+    "handoff": "KV blocks over shared memory and TCP, beside memcpy and a bare socket",
+    "quality": "what quantized weights cost: perplexity and greedy agreement beside float32",
     "cached_prefix": "first token with a cached prefix, from each tier, beside recomputing it",
-    "mixed_load": "long prompts among running streams: two roles, one mixed worker, vLLM",
-    "load": "pdserve bench on a live cluster: latency against rate, a trace, one timeline",
+    "router_alone": "the router over workers that answer at once, beside sglang-router",
+    "added": "what the way through the cluster adds to the bare engine",
     "growth": "how steps, the router, the prefix index and hand-offs grow",
+    "load": "pdserve bench on a live cluster: latency against rate, a trace, one timeline",
+    "loading": "reading weights, cold and warm, beside transformers, load_file and the disk",
+    "mixed_load": "long prompts among running streams: two roles, one mixed worker, vLLM",
+    "startup": "from the command to the first token: ours and vLLM's server",
+    "servers": "the same shapes over HTTP, whole runs: ours and vLLM's server",
+    "engines": "the bare engines: ours, vLLM, transformers, llama.cpp",
 }
 
 
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("names", nargs="*", choices=[*MEASUREMENTS, []], metavar="NAME")
     parser.add_argument("--list", action="store_true", help="tell what there is")
-    parser.add_argument("--budget", type=float, default=60.0, metavar="MINUTES")
+    parser.add_argument("--budget", type=float, default=math.inf, metavar="MINUTES")
     parsed = parser.parse_args(arguments)
     if parsed.list:
         for name, what in MEASUREMENTS.items():

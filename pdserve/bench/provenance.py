@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 _PACKAGES = ("pdserve", "aiohttp", "numpy", "torch", "transformers")
+# What measurements keep in a checkout: a second one is of the same code as the first.
+_KEPT = ("bench/results", "docs/figures.md", "docs/images")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,20 +53,26 @@ def versions() -> dict[str, str]:
     return found
 
 
-def commit() -> str | None:
-    """Of the checkout that this code runs from, "+" where it was changed; None without one."""
-    head = _git("rev-parse", "HEAD")
+def commit(folder: Path = Path(__file__).parent) -> str | None:
+    """Of the checkout that holds this module in ``folder``, "+" where its code was changed.
+
+    None without one.
+    """
+    head = _git(folder, "rev-parse", "HEAD")
     # A checkout that merely holds the environment that we are installed in is not ours.
-    if head is None or _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+    if head is None or _git(folder, "ls-files", "--error-unmatch", Path(__file__).name) is None:
         return None
-    return head + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    code = (":(top)", *(f":(top,exclude){path}" for path in _KEPT))
+    changed = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", *code)
+    # An answer that did not come is no clean checkout.
+    return head + ("" if changed == "" else "+")
 
 
-def _git(*arguments: str) -> str | None:
+def _git(folder: Path, *arguments: str) -> str | None:
     try:
         done = subprocess.run(
             ["git", *arguments],
-            cwd=Path(__file__).parent,
+            cwd=folder,
             capture_output=True,
             text=True,
             timeout=10,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from bench import report
 from bench.record import Goal, Record, interleaved, ratio
+from pdserve.bench import provenance
 
 
 def test_cases_take_turns_and_the_warm_up_does_not_count() -> None:
@@ -58,4 +61,33 @@ def test_the_page_of_figures_names_each_miss_and_what_was_not_measured(tmp_path:
     handoff = next(part for part in told if part.startswith("handoff"))
     assert "| shared memory | 0.25 x | 0.25 to 0.25 | >= 0.5 | **missed** |" in handoff
     assert "| socket | 1.25 GB/s |  |  |  |" in handoff
-    assert next(part for part in told if part.startswith("engines")).endswith("Not measured.\n\n")
+    assert (
+        next(part for part in told if part.startswith("engines")).strip().endswith("Not measured.")
+    )
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_a_kept_result_is_no_change_of_the_code_that_made_it(tmp_path: Path) -> None:
+    folder = tmp_path / "pdserve" / "bench"
+    code, kept = folder / "provenance.py", tmp_path / "bench" / "results" / "handoff.json"
+    for path in (code, kept):
+        path.parent.mkdir(parents=True)
+        path.write_text("first\n", "utf-8")
+    _git(tmp_path, "init", "--quiet")
+    assert provenance.commit(folder) is None, "nothing was committed"
+    _git(tmp_path, "add", ".")
+    _git(tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "-m", "first")
+    head = _git(tmp_path, "rev-parse", "HEAD")
+
+    assert provenance.commit(folder) == head
+    kept.write_text("second\n", "utf-8")
+    assert provenance.commit(folder) == head
+    code.write_text("second\n", "utf-8")
+    assert provenance.commit(folder) == head + "+"
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
