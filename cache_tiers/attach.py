@@ -1,8 +1,8 @@
 """Opens what a worker caches with: its tier manager and its publisher of KV events.
 
-caches = WorkerCaches(boot, memory, fingerprint)    before the engine starts
-caches.ports()                                      plugs into the worker's core
-caches.close()                                      after the engine stopped
+caches = WorkerCaches(boot, built)    before the engine starts
+caches.ports()                        plugs into the worker's core
+caches.close()                        after the engine stopped
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from cache_tiers.device_spans import DevicePool
 from cache_tiers.kv_events import KvEventPublisher
 from cache_tiers.manager import TierManager
 from cache_tiers.spans import HostPool, PoolSpans
-from cache_tiers.write_path import WriteLimits
+from cache_tiers.write_jobs import WriteLimits
 from pdserve.config import CacheConfig
 from pdserve.engine.build import BuiltEngine
 from pdserve.engine.memory import MemoryKind, PoolMemory

@@ -26,9 +26,11 @@ from cache_tiers.host import HostTier
 from cache_tiers.read_path import ReadPath
 from cache_tiers.read_times import ReadTimes
 from cache_tiers.redis_tier import RedisTier
+from cache_tiers.send_path import SendPath
 from cache_tiers.spans import PoolSpans
 from cache_tiers.workers import Workers
-from cache_tiers.write_path import Clearing, UnpinSink, WriteCounts, WriteLimits, WritePath
+from cache_tiers.write_jobs import Clearing, UnpinSink, WriteCounts, WriteLimits
+from cache_tiers.write_path import WritePath
 from pdserve.config import CacheConfig
 from pdserve.engine.api import TierRead, TierReadDone, WriteBack
 from pdserve.errors import TierError
@@ -89,15 +91,13 @@ class TierManager:
         self._wanted_redis = bool(redis_url)
         self._host = self._open_host(config, span_bytes, incarnation)
         self._redis = self._open_redis(config, redis_url, span_bytes, fingerprint, incarnation)
-        aside = self._open_aside(limits)
         self._fence = ForgetFence()
+        sender = self._open_sender(limits, computing)
         self._read_path = ReadPath(self._host, self._redis, self._fence)
         self._readers: Workers[tuple[TierRead, ReadSink]] = Workers(
             "tier-read", READERS, self._handle_read
         )
-        self._write_path = WritePath(
-            self._host, self._redis, self._fence, pool, aside, limits, computing
-        )
+        self._write_path = WritePath(self._host, sender, self._fence, pool, limits.pinned_blocks)
 
     @property
     def enabled(self) -> bool:
@@ -172,10 +172,13 @@ class TierManager:
 
     def blocks(self) -> TierBlocks:
         """For heartbeats."""
+        redis = self._redis.stats() if self._redis is not None else None
         return TierBlocks(
             host=self._host.count if self._host is not None else 0,
             host_total=self._host.capacity if self._host is not None else 0,
-            redis_written=self._redis.stats().stored if self._redis is not None else 0,
+            redis_written=redis.stored if redis is not None else 0,
+            redis_unsent=self._write_path.counts().unsent_blocks,
+            redis_rejected=redis.rejected_values if redis is not None else 0,
         )
 
     def close(self, drain_s: float = DRAIN_S) -> None:
@@ -184,7 +187,10 @@ class TierManager:
         self.quiesce(drain_s)
         for job, done in self._readers.stop():
             done(_read_done(job, ()))
+        unsent = self._write_path.counts().unsent_blocks
         self._write_path.stop()
+        if lost := self._write_path.counts().unsent_blocks - unsent:
+            logger.warning("closed before Redis got %d more blocks", lost)
         if self._redis is not None:
             self._redis.close()  # wakes whoever still waits for it
         deadline = time.monotonic() + JOIN_S
@@ -234,16 +240,18 @@ class TierManager:
             return None
         return RedisTier(url, config.redis, span_bytes, fingerprint, incarnation)
 
-    def _open_aside(self, limits: WriteLimits) -> Aside:
-        """Before any thread runs: without this memory there is no Redis tier."""
-        if self._redis is not None:
-            try:
-                return Aside(limits.aside_bytes, self._span_bytes, self._pool.adopt)
-            except TierError as error:
-                self._complain(f"redis tier off: {error}")
-                self._redis.close()
-                self._redis = None
-        return Aside(0, self._span_bytes)
+    def _open_sender(self, limits: WriteLimits, computing: Callable[[], bool]) -> SendPath | None:
+        """Without memory for copies there is no Redis tier."""
+        if self._redis is None:
+            return None
+        try:
+            aside = Aside(limits.aside_bytes, self._span_bytes, self._pool.adopt)
+        except TierError as error:
+            self._complain(f"redis tier off: {error}")
+            self._redis.close()
+            self._redis = None
+            return None
+        return SendPath(self._redis, self._fence, aside, limits, computing)
 
     def _complain(self, text: str) -> None:
         logger.warning(text)

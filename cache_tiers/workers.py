@@ -40,10 +40,8 @@ class Workers(Generic[J]):
         self._lock = threading.Lock()
         self._has_work = threading.Condition(self._lock)
         self._has_ended = threading.Condition(self._lock)
-        self._pressed = threading.Condition(self._lock)
         self._queue: deque[J] = deque()
         self._busy = 0
-        self._hurried = 0  # so many jobs make no pauses, from the one that is handled on
         self._stopped = False
         self._failures = 0
         self._threads = [
@@ -71,7 +69,6 @@ class Workers(Generic[J]):
                 return False
             self._queue.append(job)
             self._has_work.notify()
-            self._pressed.notify_all()
             return True
 
     def wait_idle(self, deadline: float) -> bool:
@@ -82,23 +79,6 @@ class Workers(Generic[J]):
                 timeout=max(0.0, deadline - time.monotonic()),
             )
 
-    def pause(self, seconds: float) -> bool:
-        """Within a job of the only thread. False, and at once: the job is to be done with soon.
-
-        That is so when another one is queued, after ``hurry``, and after ``stop``.
-        """
-        assert len(self._threads) == 1
-        with self._lock:
-            return not self._pressed.wait_for(
-                lambda: self._queue or self._hurried or self._stopped, timeout=seconds
-            )
-
-    def hurry(self) -> None:
-        """The jobs that were given until now make no more pauses."""
-        with self._lock:
-            self._hurried = self._busy + len(self._queue)
-            self._pressed.notify_all()
-
     def stop(self) -> list[J]:
         """Takes no more jobs; returns those that were not begun."""
         with self._lock:
@@ -107,7 +87,6 @@ class Workers(Generic[J]):
             self._queue.clear()
             self._has_work.notify_all()
             self._has_ended.notify_all()
-            self._pressed.notify_all()
             return left_over
 
     def join(self, deadline: float) -> None:
@@ -131,7 +110,6 @@ class Workers(Generic[J]):
                 job = None  # an idle thread keeps no job's memory alive
                 with self._lock:
                     self._busy -= 1
-                    self._hurried = max(0, self._hurried - 1)
                     self._has_ended.notify_all()
             elif self._idle is not None:
                 self._guard(self._idle)

@@ -1,89 +1,36 @@
 """Copies finished blocks to the slower tiers, off the token path.
 
     writer thread:  pinned blocks -> host tier, and one copy aside for Redis -> Unpin
-    sender thread:  copies aside -> what Redis lacks -> Redis
+    sender thread:  copies aside -> what Redis lacks -> Redis     (cache_tiers/send_path.py)
 
 Blocks that a peer computed and handed over go to the host tier alone: the peer writes them to
 Redis. Should it fail to, a later reader misses them.
 No block stays pinned while bytes travel. Both threads work strictly in order, so a forget or a
 clear that comes after a write-back acts after it. What does not fit (too many blocks pinned, too
 many bytes aside) is dropped, newest first, and counted: a tier is never worth a wait.
-Where the engines compute on the cores that send to Redis, a job is sent piece by piece, each when
-nobody computes, if there is such a moment soon: all at once, it would hold up the step that writes
-the answer's second token. What is left of it goes at once when something else is to be sent, when
-half the room for copies is taken, and at the end.
 """
 
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-from cache_tiers.aside import Aside
 from cache_tiers.fence import ForgetFence
 from cache_tiers.host import HostTier
-from cache_tiers.redis_tier import RedisTier
-from cache_tiers.spans import PoolSpans, Spans
+from cache_tiers.send_path import SendPath
+from cache_tiers.spans import PoolSpans
 from cache_tiers.workers import Workers
+from cache_tiers.write_jobs import (
+    Clearing,
+    Forget,
+    Save,
+    Send,
+    UnpinSink,
+    WriteCounts,
+)
 from pdserve.engine.api import Unpin, WriteBack
 from pdserve.errors import TierError
 from pdserve.types import BlockKey, Tier
-
-IDLE_S = 2.0
-_UNDELETED_MAX = 65536
-
-UnpinSink = Callable[[Unpin], None]
-
-
-@dataclass(frozen=True, slots=True)
-class WriteLimits:
-    pinned_blocks: int = 1024  # waiting for the writer thread
-    aside_bytes: int = 128 << 20  # copied and waiting for Redis
-    piece_bytes: int = 1 << 19  # sent at once, but at least a block
-    pause_s: float = 0.01  # between two pieces; 0: no pieces
-    patience_s: float = 1.0  # for moments in which nobody computes, for a job
-
-
-@dataclass(frozen=True, slots=True)
-class WriteCounts:
-    jobs: int = 0
-    dropped_jobs: int = 0  # unpinned without a copy
-    unsent_blocks: int = 0  # kept from Redis by a full queue or a failure
-    undeleted_keys: int = 0  # forgotten, but still in a Redis that does not answer
-
-
-@dataclass(frozen=True, slots=True)
-class _Save:
-    job: WriteBack
-    done: UnpinSink
-
-
-@dataclass(frozen=True, slots=True)
-class _Forget:
-    keys: tuple[BlockKey, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Clearing:
-    """A clear under way; ``ended`` is set once it is done, with ``errors`` if it failed."""
-
-    tiers: frozenset[Tier]
-    ended: threading.Event = field(default_factory=threading.Event)
-    errors: list[TierError] = field(default_factory=list)
-    blocks: dict[Tier, int] = field(default_factory=dict)  # that each tier lost
-
-    def fail(self, error: TierError) -> None:
-        self.errors.append(error)
-        self.ended.set()
-
-
-@dataclass(frozen=True, slots=True)
-class _Send:
-    keys: tuple[BlockKey, ...]
-    rows: tuple[int, ...]  # of the copies, one for each key
-    due: float  # time.monotonic() from which on nobody's computing is waited for
 
 
 class WritePath:
@@ -92,31 +39,23 @@ class WritePath:
     def __init__(
         self,
         host: HostTier | None,
-        redis: RedisTier | None,
+        sender: SendPath | None,
         fence: ForgetFence,
         pool: PoolSpans,
-        aside: Aside,
-        limits: WriteLimits,
-        computing: Callable[[], bool],
+        pinned_blocks_max: int,
     ) -> None:
-        """``computing``: whether an engine does now, on the cores that send to Redis."""
-        self._computing = computing
+        """``sender``: to Redis, if there is one. It is stopped and joined with this path."""
         self._host = host
-        self._redis = redis
+        self._sender = sender
         self._fence = fence
         self._pool = pool
-        self._limits = limits
-        self._aside = aside
-        self._piece = max(1, limits.piece_bytes // aside.span_bytes)
+        self._pinned_max = pinned_blocks_max
         self._lock = threading.Lock()
-        self._counts = WriteCounts()
+        self._jobs = 0
+        self._dropped_jobs = 0
+        self._dropped_blocks = 0  # that Redis was to get
         self._pinned = 0
-        self._hurried = False
-        self._undeleted: dict[BlockKey, None] = {}  # the sender thread's own, oldest first
-        self._sender: Workers[_Send | _Forget | Clearing] | None = None
-        if redis is not None:
-            self._sender = Workers("tier-send", 1, self._send, idle=self._tend, idle_s=IDLE_S)
-        self._writer: Workers[_Save | _Forget | Clearing] = Workers("tier-write", 1, self._write)
+        self._writer: Workers[Save | Forget | Clearing] = Workers("tier-write", 1, self._write)
 
     def save(self, job: WriteBack, done: UnpinSink) -> None:
         """Does not block. ``done`` is called on a thread of this path, or here if it is dropped."""
@@ -124,21 +63,16 @@ class WritePath:
             done(Unpin(job.ticket))
             return
         with self._lock:
-            fits = self._pinned == 0 or (
-                self._pinned + len(job.blocks) <= self._limits.pinned_blocks
-            )
-            if fits:
-                self._pinned += len(job.blocks)
-            self._count(jobs=1, dropped_jobs=0 if fits else 1)
-        if fits and self._writer.post(_Save(job, done)):
+            fits = self._pinned == 0 or self._pinned + len(job.blocks) <= self._pinned_max
+            self._pinned += len(job.blocks) if fits else 0
+            self._jobs += 1
+        if fits and self._writer.post(Save(job, done)):
             return
-        if fits:
-            self._unpinned(job)
-        done(Unpin(job.ticket))
+        self._drop(job, done, was_pinned=fits)
 
     def forget(self, keys: tuple[BlockKey, ...]) -> None:
         """The keys are fenced already; the fence falls when no tier holds them."""
-        self._writer.post(_Forget(keys))
+        self._writer.post(Forget(keys))
 
     def clear(self, clearing: Clearing) -> None:
         if not self._writer.post(clearing):
@@ -151,13 +85,18 @@ class WritePath:
 
     def hurry(self) -> None:
         """From now on nothing is sent slowly."""
-        self._hurried = True
         if self._sender is not None:
             self._sender.hurry()
 
     def counts(self) -> WriteCounts:
+        sent = self._sender.counts() if self._sender is not None else WriteCounts()
         with self._lock:
-            return self._counts
+            return replace(
+                sent,
+                jobs=self._jobs,
+                dropped_jobs=self._dropped_jobs,
+                unsent_blocks=sent.unsent_blocks + self._dropped_blocks,
+            )
 
     @property
     def failures(self) -> int:
@@ -165,13 +104,12 @@ class WritePath:
 
     def stop(self) -> None:
         """Takes nothing more; what was not begun is unpinned without a copy."""
-        left_over: list[_Save | _Send | _Forget | Clearing] = [*self._writer.stop()]
+        left_over: list[Save | Send | Forget | Clearing] = [*self._writer.stop()]
         if self._sender is not None:
             left_over += self._sender.stop()
         for job in left_over:
-            if isinstance(job, _Save):
-                self._unpinned(job.job)
-                job.done(Unpin(job.job.ticket))
+            if isinstance(job, Save):
+                self._drop(job.job, job.done, was_pinned=True)
             elif isinstance(job, Clearing):
                 job.fail(TierError("the tiers were closed"))
 
@@ -179,14 +117,13 @@ class WritePath:
         self._writer.join(deadline)
         if self._sender is not None:
             self._sender.join(deadline)
-        self._aside.close()
 
     # ---- the writer's thread ---------------------------------------------------------------------
 
-    def _write(self, job: _Save | _Forget | Clearing) -> None:
-        if isinstance(job, _Save):
+    def _write(self, job: Save | Forget | Clearing) -> None:
+        if isinstance(job, Save):
             self._write_back(job)
-        elif isinstance(job, _Forget):
+        elif isinstance(job, Forget):
             if self._host is not None:
                 self._host.delete(job.keys)
             if self._sender is None or not self._sender.post(job):
@@ -199,159 +136,33 @@ class WritePath:
             elif not self._sender.post(job):
                 job.fail(TierError("the tiers were closed"))
 
-    def _write_back(self, save: _Save) -> None:
+    def _write_back(self, save: Save) -> None:
         job = save.job
-        aside: _Send | None = None
+        aside: Send | None = None
         try:
             spans = self._pool.of(job.blocks)
             if self._host is not None:
                 self._host.keep(job.keys, spans)
-            if not job.from_peer:
-                aside = self._set_aside(job.keys, spans)
+            if self._sender is not None and not job.from_peer:
+                aside = self._sender.set_aside(job.keys, spans)
         finally:
             # From here on no byte of the blocks is read.
             self._unpinned(job)
             save.done(Unpin(job.ticket))
-        if aside is not None and (self._sender is None or not self._sender.post(aside)):
-            self._drop_aside(aside)
-
-    def _set_aside(self, keys: Sequence[BlockKey], spans: Spans) -> _Send | None:
-        """One copy of as many leading blocks as there is room for."""
-        if self._redis is None:
-            return None
-        refused = self._redis.refuses_writes()
-        rows = [] if refused else self._aside.take(len(keys))
-        if self._sender is not None and not refused and self._aside.scarce:
-            self._sender.hurry()
-        with self._lock:
-            self._count(unsent_blocks=len(keys) - len(rows))
-        try:
-            spans.read({i: self._aside.row(row) for i, row in enumerate(rows)})
-        except BaseException:
-            self._aside.give_back(rows)
-            raise
-        due = time.monotonic() + self._limits.patience_s
-        return _Send(tuple(keys[: len(rows)]), tuple(rows), due) if rows else None
-
-    # ---- the sender's thread ---------------------------------------------------------------------
-
-    def _send(self, job: _Send | _Forget | Clearing) -> None:
-        assert self._redis is not None
-        if isinstance(job, _Forget):
-            self._delete(job.keys)
-        elif isinstance(job, Clearing):
-            try:
-                job.blocks[Tier.REDIS] = self._redis.clear()
-            except TierError as error:
-                job.fail(error)
-            else:
-                job.ended.set()
-        else:
-            self._put(job)
-
-    def _put(self, job: _Send) -> None:
-        assert self._redis is not None
-        waiting = dict(zip(job.rows, job.keys, strict=True))  # whose rows were not given back
-        try:
-            held = self._redis.contains(job.keys)
-            needless = [
-                row
-                for (row, key), is_held in zip(waiting.items(), held, strict=True)
-                if not self._wants(key, is_held)
-            ]
-            self._sent(waiting, needless)
-            slowly = self._limits.pause_s > 0
-            while waiting:
-                slowly = slowly and self._has_moment(job.due)
-                rows = list(waiting)[: self._piece if slowly else self._redis.batch_blocks]
-                # Asked again: what was forgotten meanwhile need not wait for its deletion.
-                piece = [row for row in rows if self._wants(waiting[row], False)]
-                keys = [waiting[row] for row in piece]
-                self._redis.put(keys, [self._aside.row(row).data for row in piece])
-                self._deleted([key for key in keys if key in self._undeleted])
-                self._sent(waiting, rows)
-                slowly = slowly and bool(waiting) and self._pause()
-        except TierError:
-            with self._lock:
-                self._count(unsent_blocks=len(waiting))
-            return
-        finally:
-            self._sent(waiting, list(waiting))
-        if self._undeleted:
-            self._delete(())
-
-    def _sent(self, waiting: dict[int, BlockKey], rows: Sequence[int]) -> None:
-        for row in rows:
-            del waiting[row]
-        self._aside.give_back(rows)
-
-    def _has_moment(self, due: float) -> bool:
-        """Waits for one. False: there is no time for that."""
-        while self._computing() and time.monotonic() < due:
-            if not self._pause():
-                return False
-        return True
-
-    def _pause(self) -> bool:
-        """Whether there is still time to pause."""
-        sender = self._sender
-        return sender is not None and not self._hurried and sender.pause(self._limits.pause_s)
-
-    def _wants(self, key: BlockKey, is_held: bool) -> bool:
-        if key in self._undeleted:
-            return True  # a new value replaces the suspect one
-        return not is_held and not self._fence.is_fenced(key)
-
-    def _delete(self, keys: Sequence[BlockKey]) -> None:
-        """Deletes ``keys`` and all that could not be deleted before; keeps what fails again."""
-        assert self._redis is not None
-        repeated = [key for key in keys if key in self._undeleted]
-        self._undeleted.update(dict.fromkeys(keys))
-        self._fence.end(repeated)  # one entry of ours stands for one fence
-        try:
-            self._redis.delete(list(self._undeleted))
-        except TierError:
-            surplus = list(self._undeleted)[: max(0, len(self._undeleted) - _UNDELETED_MAX)]
-            self._deleted(surplus)
-        else:
-            self._deleted(list(self._undeleted))
-
-    def _deleted(self, keys: Sequence[BlockKey]) -> None:
-        for key in keys:
-            del self._undeleted[key]
-        self._fence.end(keys)
-        with self._lock:
-            self._counts = replace(self._counts, undeleted_keys=len(self._undeleted))
-
-    def _tend(self) -> None:
-        """With nothing to send: sees whether Redis lives and takes writes; repeats what failed."""
-        assert self._redis is not None
-        try:
-            self._redis.ping()
-            if self._redis.writes_in_doubt():
-                self._redis.try_write()
-        except TierError:
-            return  # counted; degraded() tells
-        if self._undeleted:
-            self._delete(())
+        if self._sender is not None and aside is not None:
+            self._sender.post(aside)
 
     # ---- counting --------------------------------------------------------------------------------
 
-    def _count(self, jobs: int = 0, dropped_jobs: int = 0, unsent_blocks: int = 0) -> None:
-        """The caller holds the lock."""
-        now = self._counts
-        self._counts = replace(
-            now,
-            jobs=now.jobs + jobs,
-            dropped_jobs=now.dropped_jobs + dropped_jobs,
-            unsent_blocks=now.unsent_blocks + unsent_blocks,
-        )
+    def _drop(self, job: WriteBack, done: UnpinSink, was_pinned: bool) -> None:
+        if was_pinned:
+            self._unpinned(job)
+        with self._lock:
+            self._dropped_jobs += 1
+            if self._sender is not None and not job.from_peer:
+                self._dropped_blocks += len(job.blocks)
+        done(Unpin(job.ticket))
 
     def _unpinned(self, job: WriteBack) -> None:
         with self._lock:
             self._pinned -= len(job.blocks)
-
-    def _drop_aside(self, job: _Send) -> None:
-        self._aside.give_back(job.rows)
-        with self._lock:
-            self._count(unsent_blocks=len(job.keys))

@@ -207,7 +207,12 @@ class TierBlocks:
 
     host: int = 0
     host_total: int = 0
-    redis_written: int = 0  # since the worker started; what Redis dropped since is not known
+    # Since the worker started; what Redis dropped since is not known.
+    redis_written: int = 0
+    redis_unsent: int = (
+        0  # that it was to get: no room for copies, a failure, or the end came first
+    )
+    redis_rejected: int = 0  # values found there that were not what was asked for
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,6 +63,8 @@ def worker_object(view: WorkerView) -> dict[str, Any]:
         "late_kv_reads": load.late_kv_reads,
         "turn_wait_s": load.turn_wait_s,
         "turns_forced": load.turns_forced,
+        "redis_unsent": load.tiers.redis_unsent,
+        "redis_rejected": load.tiers.redis_rejected,
     }
 
 

@@ -240,6 +240,7 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 (
                     (rate("router_late_events_total"), "late events"),
                     (rate("worker_late_total"), "late on workers"),
+                    (rate("redis_blocks_lost_total", "kind"), "blocks for Redis: {{kind}}"),
                     (rate("router_protocol_errors_total"), "protocol errors"),
                     (rate("router_parked_total"), "parked"),
                 ),

@@ -4,7 +4,8 @@
     NativeSpans   the kernels (kernels/spans.h): in one pass, past the caches
 
 A checksum is XXH3-64 of a whole span. That of a copied span is of the bytes that lie in the target,
-whatever happened to the source meanwhile. Both release the GIL while they read and write.
+whatever happened to the source meanwhile. Both release the GIL while they read and write (the
+library for what is larger than 64 KiB).
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class HostSpans(Protocol):
 
 
 def span_sum(span: memoryview) -> int:
-    """0 <= sum < 2**64. Releases the GIL."""
+    """0 <= sum < 2**64."""
     return xxhash.xxh3_64_intdigest(span)
 
 

@@ -66,7 +66,11 @@ class Turn:
 
     @property
     def is_taken(self) -> bool:
-        """Whether somebody computes now; one who died in its turn does until another takes it."""
+        """Whether somebody has the turn now. One who died in it does until another takes it.
+
+        Who computes without it is not seen: engines that take no turns, on other cores, or that
+        began by force.
+        """
         (owner,) = struct.unpack_from("<I", self._map, 0)
         return bool(owner)
 

@@ -162,6 +162,8 @@ def heartbeat_to_proto(incarnation: Incarnation, load: Load) -> worker_pb2.Heart
         host_blocks=load.tiers.host,
         host_blocks_total=load.tiers.host_total,
         redis_blocks_written=load.tiers.redis_written,
+        redis_blocks_unsent=load.tiers.redis_unsent,
+        redis_values_rejected=load.tiers.redis_rejected,
         host_reach=_REACH_TO[load.reach.host],
         redis_reach=_REACH_TO[load.reach.redis],
         late_events=load.late_events,
@@ -187,6 +189,8 @@ def heartbeat_from_proto(message: worker_pb2.Heartbeat) -> tuple[Incarnation, Lo
             host=message.host_blocks,
             host_total=message.host_blocks_total,
             redis_written=message.redis_blocks_written,
+            redis_unsent=message.redis_blocks_unsent,
+            redis_rejected=message.redis_values_rejected,
         ),
         reach=TierReach(
             host=_reach(message.host_reach, "heartbeat.host_reach"),

@@ -123,6 +123,12 @@ _OF_EACH_BY_KIND: tuple[tuple[_Family, str, str, Callable[[Load], Mapping[str, i
         "What came to a worker after its attempt was over, dropped: of its engine, KV reads.",
         lambda load: {"event": load.late_events, "kv_read": load.late_kv_reads},
     ),
+    (
+        CounterMetricFamily,
+        "redis_blocks_lost",
+        "KV blocks that Redis does not give: never sent (no room, a failure), or found damaged.",
+        lambda load: {"unsent": load.tiers.redis_unsent, "rejected": load.tiers.redis_rejected},
+    ),
 )
 
 

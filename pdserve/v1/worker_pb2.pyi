@@ -93,7 +93,7 @@ class WatchRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Heartbeat(_message.Message):
-    __slots__ = ("incarnation", "engine_steps", "work_pending", "running", "waiting", "blocks_used", "blocks_cached", "blocks_total", "draining", "waiting_tokens", "degraded", "host_blocks", "host_blocks_total", "redis_blocks_written", "host_reach", "redis_reach", "late_events", "late_kv_reads", "turn_wait_s", "turns_forced")
+    __slots__ = ("incarnation", "engine_steps", "work_pending", "running", "waiting", "blocks_used", "blocks_cached", "blocks_total", "draining", "waiting_tokens", "degraded", "host_blocks", "host_blocks_total", "redis_blocks_written", "host_reach", "redis_reach", "late_events", "late_kv_reads", "turn_wait_s", "turns_forced", "redis_blocks_unsent", "redis_values_rejected")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ENGINE_STEPS_FIELD_NUMBER: _ClassVar[int]
     WORK_PENDING_FIELD_NUMBER: _ClassVar[int]
@@ -114,6 +114,8 @@ class Heartbeat(_message.Message):
     LATE_KV_READS_FIELD_NUMBER: _ClassVar[int]
     TURN_WAIT_S_FIELD_NUMBER: _ClassVar[int]
     TURNS_FORCED_FIELD_NUMBER: _ClassVar[int]
+    REDIS_BLOCKS_UNSENT_FIELD_NUMBER: _ClassVar[int]
+    REDIS_VALUES_REJECTED_FIELD_NUMBER: _ClassVar[int]
     incarnation: bytes
     engine_steps: int
     work_pending: bool
@@ -134,7 +136,9 @@ class Heartbeat(_message.Message):
     late_kv_reads: int
     turn_wait_s: float
     turns_forced: int
-    def __init__(self, incarnation: _Optional[bytes] = ..., engine_steps: _Optional[int] = ..., work_pending: _Optional[bool] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., blocks_used: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., blocks_total: _Optional[int] = ..., draining: _Optional[bool] = ..., waiting_tokens: _Optional[int] = ..., degraded: _Optional[str] = ..., host_blocks: _Optional[int] = ..., host_blocks_total: _Optional[int] = ..., redis_blocks_written: _Optional[int] = ..., host_reach: _Optional[_Union[TierReach, str]] = ..., redis_reach: _Optional[_Union[TierReach, str]] = ..., late_events: _Optional[int] = ..., late_kv_reads: _Optional[int] = ..., turn_wait_s: _Optional[float] = ..., turns_forced: _Optional[int] = ...) -> None: ...
+    redis_blocks_unsent: int
+    redis_values_rejected: int
+    def __init__(self, incarnation: _Optional[bytes] = ..., engine_steps: _Optional[int] = ..., work_pending: _Optional[bool] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., blocks_used: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., blocks_total: _Optional[int] = ..., draining: _Optional[bool] = ..., waiting_tokens: _Optional[int] = ..., degraded: _Optional[str] = ..., host_blocks: _Optional[int] = ..., host_blocks_total: _Optional[int] = ..., redis_blocks_written: _Optional[int] = ..., host_reach: _Optional[_Union[TierReach, str]] = ..., redis_reach: _Optional[_Union[TierReach, str]] = ..., late_events: _Optional[int] = ..., late_kv_reads: _Optional[int] = ..., turn_wait_s: _Optional[float] = ..., turns_forced: _Optional[int] = ..., redis_blocks_unsent: _Optional[int] = ..., redis_values_rejected: _Optional[int] = ...) -> None: ...
 
 class CheckIdleRequest(_message.Message):
     __slots__ = ()

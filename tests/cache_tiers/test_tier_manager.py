@@ -9,10 +9,10 @@ import pytest
 from real_redis import RealRedis, new_keys
 from tier_world import SPAN, World, open_world
 
-from cache_tiers import device_spans, manager, write_path
+from cache_tiers import device_spans, manager, send_path
 from cache_tiers.aside import Aside
 from cache_tiers.fence import ForgetFence
-from cache_tiers.write_path import WriteLimits
+from cache_tiers.write_jobs import WriteLimits
 from pdserve.engine.api import TierReadDone, Unpin
 from pdserve.errors import TierError
 from pdserve.types import Incarnation, Reach, Tier, TierBlocks, TierReach
@@ -144,7 +144,7 @@ def test_what_a_peer_computed_goes_to_the_host_tier_alone(
 def test_a_dead_redis_is_a_miss_and_says_so_and_comes_back(
     real_redis: RealRedis, worlds: list[World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(write_path, "IDLE_S", 0.05)
+    monkeypatch.setattr(send_path, "IDLE_S", 0.05)
     world = open_world(worlds, real_redis.url, host=2)
     keys = new_keys(5)
     world.write(keys)
@@ -182,7 +182,7 @@ def test_a_worker_with_nothing_to_write_hears_that_writes_are_taken_again(
     refuse: tuple[str, ...],
     allow: tuple[str, ...],
 ) -> None:
-    monkeypatch.setattr(write_path, "IDLE_S", 0.05)
+    monkeypatch.setattr(send_path, "IDLE_S", 0.05)
     world = open_world(worlds, real_redis.url, breaker_open_s=0.2)
     client = real_redis.client()
     client.config_set("maxmemory-policy", "noeviction")
@@ -207,7 +207,7 @@ def test_a_worker_with_nothing_to_write_hears_that_writes_are_taken_again(
 def test_a_redis_that_never_answered_is_told_from_one_that_did(
     real_redis: RealRedis, worlds: list[World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(write_path, "IDLE_S", 0.05)
+    monkeypatch.setattr(send_path, "IDLE_S", 0.05)
     real_redis.kill()
     world = open_world(worlds, real_redis.url)
     world.read(new_keys(2))
@@ -242,7 +242,7 @@ def test_a_redis_that_refuses_everything_was_never_reached(
     refuse: tuple[str, ...],
     allow: tuple[str, ...],
 ) -> None:
-    monkeypatch.setattr(write_path, "IDLE_S", 0.05)
+    monkeypatch.setattr(send_path, "IDLE_S", 0.05)
     client = real_redis.client()
     client.config_set("maxmemory-policy", "noeviction")
     client.execute_command(*refuse)
@@ -440,7 +440,7 @@ def test_a_read_under_way_takes_back_what_was_forgotten_meanwhile(
 def test_what_redis_could_not_delete_stays_fenced_until_it_can(
     real_redis: RealRedis, worlds: list[World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(write_path, "IDLE_S", 0.05)
+    monkeypatch.setattr(send_path, "IDLE_S", 0.05)
     world = open_world(worlds, real_redis.url, breaker_failures=100)
     keys = new_keys(4)
     world.write(keys)

@@ -10,7 +10,7 @@ from real_redis import RealRedis, new_keys
 from tier_world import SPAN, World, open_world
 
 from cache_tiers import device_spans
-from cache_tiers.write_path import WriteLimits
+from cache_tiers.write_jobs import WriteLimits
 from pdserve.engine.api import PinTicket, TierReadDone, Unpin
 from pdserve.types import BlockKey, Tier
 
@@ -28,8 +28,8 @@ def as_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 
 def limits_of(as_device: bool) -> WriteLimits:
-    """Where the pool is the host's, Redis gets two blocks at a time."""
-    return WriteLimits(piece_bytes=2 * SPAN, pause_s=0.0 if as_device else 0.002)
+    """Where the pool is the host's, Redis gets two blocks at a time, when nobody computes."""
+    return WriteLimits(piece_bytes=2 * SPAN, pause_s=0.0 if as_device else 0.002, patience_s=0.01)
 
 
 def test_random_steps_agree_with_a_plain_dictionary(
@@ -47,6 +47,7 @@ def test_random_steps_agree_with_a_plain_dictionary(
         limits=limits_of(as_device),
         timeout_s=PATIENT_S,
         as_device=as_device,
+        computing=lambda: random.random() < 0.5,
     )
     in_host: set[BlockKey] = set()
     in_redis: set[BlockKey] = set()
@@ -97,6 +98,7 @@ def test_random_jobs_agree_with_what_was_written(
         breaker_open_s=0.05,
         timeout_s=PATIENT_S,
         as_device=as_device,
+        computing=lambda: random.random() < 0.5,
     )
     written: set[BlockKey] = set()
     reads: list[tuple[object, list[BlockKey], int]] = []

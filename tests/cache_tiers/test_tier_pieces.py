@@ -16,12 +16,11 @@ from tier_world import SPAN, World, open_world
 
 from cache_tiers import manager
 from cache_tiers.attach import WorkerCaches
-from cache_tiers.workers import Workers
-from cache_tiers.write_path import WriteLimits
+from cache_tiers.write_jobs import WriteLimits
 from pdserve.config import CacheConfig
 from pdserve.engine.api import BlockId, PinTicket, WriteBack
-from pdserve.engine.memory import MemoryKind, allocate_shared
-from pdserve.engine.turns import open_turn
+from pdserve.engine.memory import MemoryKind, PoolMemory, allocate_shared
+from pdserve.engine.turns import Turn, open_turn
 from pdserve.types import Incarnation, Tier
 from tests.standstill import watched
 
@@ -47,23 +46,29 @@ def stored(redis: RealRedis, least: int) -> int:
     return int(found)
 
 
-def test_redis_gets_a_job_piece_by_piece_while_nothing_waits(
-    real_redis: RealRedis, worlds: list[World]
-) -> None:
+def test_redis_gets_a_job_piece_by_piece(real_redis: RealRedis, worlds: list[World]) -> None:
     world = open_world(worlds, real_redis.url, limits=paced(2))
-    keys = new_keys(9)
+    keys = new_keys(8)
     world.wait(world.start_write(keys[:5]))  # unpinned: no block waits for the pauses
     assert stored(real_redis, 2) == 2
+    # More to be sent is no reason to hurry: it would come just when an answer begins.
+    world.wait(world.start_write(keys[5:], 5))
     time.sleep(0.1)
     assert stored(real_redis, 2) == 2
-    # What comes next ends the pause, and has its own.
-    world.wait(world.start_write(keys[5:8], 5))
-    assert stored(real_redis, 7) == 7
-    time.sleep(0.1)
-    assert stored(real_redis, 7) == 7
-    world.wait(world.start_write(keys[8:], 8))
+
+
+def test_a_pause_follows_each_piece_also_the_last_of_a_job(
+    real_redis: RealRedis, worlds: list[World]
+) -> None:
+    limits = replace(paced(2), pause_s=0.05)
+    world = open_world(worlds, real_redis.url, limits=limits)
+    keys = new_keys(8)
+    began = time.monotonic()
+    for first, end in ((0, 5), (5, 8)):  # pieces of 2, 2, 1 and of 2, 1
+        world.wait(world.start_write(keys[first:end], first))
     assert world.manager.quiesce(10)
-    assert world.read(keys) == [R] * 9
+    assert time.monotonic() - began >= 4 * limits.pause_s
+    assert world.read(keys) == [R] * 8
 
 
 def test_redis_gets_a_job_when_nobody_computes(real_redis: RealRedis, worlds: list[World]) -> None:
@@ -75,6 +80,25 @@ def test_redis_gets_a_job_when_nobody_computes(real_redis: RealRedis, worlds: li
     assert not world.manager.quiesce(0.1)
     assert stored(real_redis, 0) == 0
     busy.clear()
+    assert world.manager.quiesce(10)
+    assert world.read(keys) == [R] * 3
+
+
+def test_each_piece_waits_for_a_moment_of_its_own(
+    real_redis: RealRedis, worlds: list[World]
+) -> None:
+    ended = threading.Event()
+
+    def computing() -> bool:
+        return not ended.is_set() and real_redis.client().dbsize() >= 1
+
+    world = open_world(worlds, real_redis.url, limits=patient(600.0), computing=computing)
+    keys = new_keys(3)
+    world.wait(world.start_write(keys))
+    assert stored(real_redis, 1) == 1
+    assert not world.manager.quiesce(0.1)
+    assert stored(real_redis, 1) == 1
+    ended.set()
     assert world.manager.quiesce(10)
     assert world.read(keys) == [R] * 3
 
@@ -113,40 +137,31 @@ def test_a_forget_and_a_clear_wait_for_no_pause(real_redis: RealRedis, worlds: l
     assert stats is not None
     assert stats.stored == 2, "a suspect block was sent after it had been forgotten"
     world.wait(world.start_write(keys[3:], 3))
-    stored(real_redis, 3)
     world.manager.clear([R])
     assert stored(real_redis, 0) == 0
+    stats = world.manager.stats().redis
+    assert stats is not None
+    assert stats.stored == 5
 
 
-def test_no_room_for_more_copies_ends_the_pauses(
+def test_while_more_than_half_the_room_is_taken_nothing_pauses(
     real_redis: RealRedis, worlds: list[World]
 ) -> None:
-    """Else all that is computed meanwhile would be kept from Redis."""
-    limits = replace(paced(1), aside_bytes=3 * SPAN)
-    world = open_world(worlds, real_redis.url, limits=limits)
-    keys = new_keys(6)
-    world.wait(world.start_write(keys[:3]))
-    assert stored(real_redis, 1) == 1
-    world.wait(world.start_write(keys[3:], 3))
-    assert world.manager.quiesce(10)
-    assert world.read(keys) == [R] * 4  # a row was free again
-    assert world.manager.stats().writes.unsent_blocks == 2
-
-
-def test_jobs_that_wait_make_no_pauses_once_room_is_scarce(
-    real_redis: RealRedis, worlds: list[World]
-) -> None:
+    """Else what is computed meanwhile would be kept from Redis."""
     limits = replace(paced(1), aside_bytes=6 * SPAN)
     world = open_world(worlds, real_redis.url, limits=limits, timeout_s=5.0)
-    keys = new_keys(7)
-    world.write(new_keys(1))
-    real_redis.pause()
-    for first in (0, 3):
-        world.wait(world.start_write(keys[first : first + 3], first))
-    world.wait(world.start_write(keys[6:], 6))  # gets no row, so it is not behind the second
+    keys = new_keys(9)
+    world.write(keys[:1])
+    real_redis.pause()  # no row comes back
+    world.wait(world.start_write(keys[1:4], 1))
+    world.wait(world.start_write(keys[4:5], 4))  # four of six: the first job is let go
     real_redis.resume()
-    assert world.manager.quiesce(10)
-    assert world.read(keys) == [R] * 6
+    assert stored(real_redis, 4) == 4
+    time.sleep(0.1)
+    assert stored(real_redis, 4) == 4, "there is room again, and the last job waits for its pause"
+    # A job may be too large by itself.
+    world.wait(world.start_write(keys[5:], 5))
+    assert stored(real_redis, 9) == 9
 
 
 def test_what_a_failing_redis_did_not_take_is_counted(
@@ -177,21 +192,13 @@ def test_close_waits_for_no_pause(real_redis: RealRedis, drain_s: float) -> None
         assert stored(real_redis, 4) == 4
 
 
-def test_a_sender_that_is_stopped_pauses_no_more() -> None:
-    at_work, went_on = threading.Event(), threading.Event()
-
-    def handle(job: str) -> None:
-        at_work.set()
-        while workers.pause(600.0):
-            pass
-        went_on.set()
-
-    workers: Workers[str] = Workers("pausing", 1, handle)
-    workers.post("a job")
-    assert at_work.wait(10)
-    time.sleep(0.1)  # in its pause by now
-    assert workers.stop() == []
-    assert went_on.wait(10)
+def caches_over(redis: RealRedis, memory: PoolMemory, turn: Turn | None) -> WorkerCaches:
+    config = SimpleNamespace(cache=CacheConfig(kv_events=False))
+    boot: Any = SimpleNamespace(config=config, redis_url=redis.url, host="127.0.0.1")
+    built: Any = SimpleNamespace(
+        memory=memory, turn=turn, facts=SimpleNamespace(fingerprint=FINGERPRINT)
+    )
+    return WorkerCaches(boot, built)
 
 
 @pytest.mark.parametrize("kind", list(MemoryKind))
@@ -202,14 +209,9 @@ def test_a_worker_on_the_host_s_cores_waits_for_their_turn(
     monkeypatch.setattr("cache_tiers.attach.WRITE_LIMITS", patient(600.0))
     memory = replace(allocate_shared(2, SPAN, Incarnation(os.urandom(16))), kind=kind)
     turn = open_turn(0.1, tmp_path / "turns")
-    config = SimpleNamespace(cache=CacheConfig(kv_events=False))
-    boot: Any = SimpleNamespace(config=config, redis_url=real_redis.url, host="127.0.0.1")
-    built: Any = SimpleNamespace(
-        memory=memory, turn=turn, facts=SimpleNamespace(fingerprint=FINGERPRINT)
-    )
-    caches = WorkerCaches(boot, built)
+    caches = caches_over(real_redis, memory, turn)
     tiers = cast(manager.TierManager, caches.ports().tiers)
-    turn._map[0] = 7  # the sixth place's
+    turn._map[0] = 7  # another engine's place
     job = WriteBack(PinTicket(1), tuple(new_keys(2)), (BlockId(0), BlockId(1)), False)
     tiers.write_back(job, lambda unpin: None)
     if kind is MemoryKind.SHARED:
@@ -220,4 +222,20 @@ def test_a_worker_on_the_host_s_cores_waits_for_their_turn(
     assert stored(real_redis, 2) == 2
     caches.close()
     turn.close()
+    memory.close()
+
+
+def test_a_worker_without_turns_waits_for_nobody(
+    real_redis: RealRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether others compute cannot be told there."""
+    monkeypatch.setattr("cache_tiers.attach.WRITE_LIMITS", patient(600.0))
+    memory = allocate_shared(2, SPAN, Incarnation(os.urandom(16)))
+    caches = caches_over(real_redis, memory, None)
+    tiers = cast(manager.TierManager, caches.ports().tiers)
+    job = WriteBack(PinTicket(1), tuple(new_keys(2)), (BlockId(0), BlockId(1)), False)
+    tiers.write_back(job, lambda unpin: None)
+    assert tiers.quiesce(10)
+    assert stored(real_redis, 2) == 2
+    caches.close()
     memory.close()

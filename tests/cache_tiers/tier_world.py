@@ -14,7 +14,7 @@ from real_redis import CONFIG, FINGERPRINT, WRITER
 from cache_tiers.device_spans import DevicePool
 from cache_tiers.manager import TierManager
 from cache_tiers.spans import HostPool
-from cache_tiers.write_path import WriteLimits
+from cache_tiers.write_jobs import WriteLimits
 from pdserve.config import CacheConfig, HostTierConfig
 from pdserve.engine.api import (
     BlockId,

@@ -35,6 +35,7 @@ from pdserve.types import (
     ModelFacts,
     Numerics,
     Role,
+    TierBlocks,
     TokenLogprob,
     TokenOut,
     TopLogprob,
@@ -191,6 +192,7 @@ class ScriptedDispatcher:
             late_kv_reads=1,
             turn_wait_s=0.5,
             turns_forced=2,
+            tiers=TierBlocks(redis_unsent=4, redis_rejected=6),
         )
         return (WorkerView(facts, WorkerState.READY, load),)
 

@@ -336,6 +336,8 @@ def test_state_endpoints(world: World) -> None:
                 "late_kv_reads": 1,
                 "turn_wait_s": 0.5,
                 "turns_forced": 2,
+                "redis_unsent": 4,
+                "redis_rejected": 6,
             }
         ]
     }

@@ -16,6 +16,7 @@ from pdserve.types import (
     ModelFacts,
     Numerics,
     Role,
+    TierBlocks,
     Usage,
     WorkerFacts,
     WorkerId,
@@ -153,6 +154,7 @@ def test_workers_are_read_at_each_scrape(made: metrics.RouterMetrics) -> None:
                 late_kv_reads=7,
                 turn_wait_s=1.5,
                 turns_forced=8,
+                tiers=TierBlocks(redis_unsent=9, redis_rejected=10),
             ),
         )
     )
@@ -169,6 +171,8 @@ def test_workers_are_read_at_each_scrape(made: metrics.RouterMetrics) -> None:
     assert found["worker_late_total", "decode-0", "kv_read"] == 7
     assert found["engine_turn_wait_seconds_total", "decode-0"] == 1.5
     assert found["engine_turns_forced_total", "decode-0"] == 8
+    assert found["redis_blocks_lost_total", "decode-0", "unsent"] == 9
+    assert found["redis_blocks_lost_total", "decode-0", "rejected"] == 10
     assert ("num_requests_running", "prefill-0") not in found
     views[0] = View(views[0].facts, WorkerState.READY, Load(degraded="redis unreachable"))
     assert scrape(made)["engine_degraded", "decode-0"] == 1
