@@ -42,6 +42,11 @@ class Aside:
             return [self._free.pop() for _ in range(min(count, len(self._free)))]
 
     @property
+    def taken(self) -> int:
+        with self._lock:
+            return len(self._rows) - len(self._free)
+
+    @property
     def scarce(self) -> bool:
         """Fewer than half of the rows are free."""
         with self._lock:

@@ -183,19 +183,20 @@ class TierManager:
 
     def close(self, drain_s: float = DRAIN_S) -> None:
         """Gives what was written ``drain_s`` seconds to arrive, then ends every job."""
+        unsent = self._write_path.counts().unsent_blocks
         self._write_path.hurry()
         self.quiesce(drain_s)
         for job, done in self._readers.stop():
             done(_read_done(job, ()))
-        unsent = self._write_path.counts().unsent_blocks
         self._write_path.stop()
-        if lost := self._write_path.counts().unsent_blocks - unsent:
-            logger.warning("closed before Redis got %d more blocks", lost)
         if self._redis is not None:
             self._redis.close()  # wakes whoever still waits for it
         deadline = time.monotonic() + JOIN_S
         self._readers.join(deadline)
         self._write_path.join(deadline)
+        # No heartbeat tells of these any more.
+        if lost := self._write_path.counts().unsent_blocks - unsent:
+            logger.warning("closed before Redis got %d more blocks", lost)
         if self._host is not None:
             self._host.close()
 

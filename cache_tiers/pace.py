@@ -2,8 +2,8 @@
 
 All at once, a prompt's blocks would hold up the step that writes its answer's second token. So they
 go in pieces, with a pause after each and at a moment in which nobody computes, if there is one in
-time. Nobody else may wait for that: a forget or a clear that comes next, whoever needs room for
-copies, and the end make all of it go at once.
+time. Nobody else may wait for that: batches go at once while a forget or a clear waits behind them,
+while room for copies is scarce, and when all comes to its end.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from collections.abc import Callable
 
 
 class Pace:
-    """``ready`` and ``sent`` are the sending thread's; the others may be called from anywhere."""
+    """``wait_slowly`` and ``sent`` are the sending thread's; the others are anybody's."""
 
     def __init__(
         self, pause_s: float, computing: Callable[[], bool], scarce: Callable[[], bool]
     ) -> None:
         """``pause_s``: after each piece; 0: there are no pieces. ``computing``: whether an engine
-        does now, as far as can be told. ``scarce``: whether room for copies is."""
+        does now, as far as can be told. ``scarce``: whether room for copies is. Both are asked
+        under the lock that ``room_taken`` and ``press`` need: they must not block."""
         self._pause_s = pause_s
         self._computing = computing
         self._scarce = scarce
@@ -29,8 +30,8 @@ class Pace:
         self._ended = False
         self._next = 0.0  # time.monotonic() before which no piece goes
 
-    def ready(self, due: float) -> bool:
-        """Waits until a piece may go. False, and at once: what is left is to go now, whole.
+    def wait_slowly(self, due: float) -> bool:
+        """Waits until a piece may go. False, and at once: somebody is held up, so a batch goes now.
 
         After ``due`` (time.monotonic()) nobody's computing is waited for, only the pause.
         """
@@ -60,8 +61,8 @@ class Pace:
         with self._changed:
             self._pressing -= 1
 
-    def look(self) -> None:
-        """Room for copies was taken."""
+    def room_taken(self) -> None:
+        """It may be scarce now, which ends a wait."""
         with self._changed:
             self._changed.notify_all()
 

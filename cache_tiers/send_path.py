@@ -9,11 +9,9 @@ A key that could not be deleted is deleted again when Redis answers; until then 
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from cache_tiers.aside import Aside
 from cache_tiers.fence import ForgetFence
@@ -21,11 +19,9 @@ from cache_tiers.pace import Pace
 from cache_tiers.redis_tier import RedisTier
 from cache_tiers.spans import Spans
 from cache_tiers.workers import Workers
-from cache_tiers.write_jobs import Clearing, Forget, Send, WriteCounts, WriteLimits
+from cache_tiers.write_jobs import Clearing, Forget, Send, WriteLimits
 from pdserve.errors import TierError
 from pdserve.types import BlockKey, Tier
-
-logger = logging.getLogger(__name__)
 
 IDLE_S = 2.0
 _UNDELETED_MAX = 65536
@@ -50,7 +46,7 @@ class SendPath:
         self._piece = min(max(1, limits.piece_bytes // aside.span_bytes), redis.batch_blocks)
         self._pace = Pace(limits.pause_s, computing, lambda: aside.scarce)
         self._lock = threading.Lock()
-        self._counts = WriteCounts()
+        self._unsent = 0
         self._undeleted: dict[BlockKey, None] = {}  # the sender thread's own, oldest first
         self._jobs: Workers[Send | Forget | Clearing] = Workers(
             "tier-send", 1, self._handle, idle=self._tend, idle_s=IDLE_S
@@ -60,7 +56,7 @@ class SendPath:
         """One copy of as many leading blocks as there is room for."""
         refused = self._redis.refuses_writes()
         rows = [] if refused else self._aside.take(len(keys))
-        self._pace.look()
+        self._pace.room_taken()
         self._count_unsent(len(keys) - len(rows))
         try:
             spans.read({i: self._aside.row(row) for i, row in enumerate(rows)})
@@ -90,9 +86,18 @@ class SendPath:
         """From now on nothing is sent slowly."""
         self._pace.end()
 
-    def counts(self) -> WriteCounts:
+    @property
+    def unsent_blocks(self) -> int:
         with self._lock:
-            return self._counts
+            return self._unsent
+
+    @property
+    def waiting_blocks(self) -> int:
+        return self._aside.taken
+
+    @property
+    def undeleted_keys(self) -> int:
+        return len(self._undeleted)
 
     @property
     def failures(self) -> int:
@@ -134,7 +139,6 @@ class SendPath:
 
     def _put(self, job: Send) -> None:
         waiting = dict(zip(job.rows, job.keys, strict=True))  # whose rows were not given back
-        unsent = len(waiting)  # should it break
         try:
             held = self._redis.contains(job.keys)
             needless = [
@@ -144,22 +148,21 @@ class SendPath:
             ]
             self._give_back(waiting, needless)
             while waiting:
-                unsent = len(waiting)
-                slowly = self._pace.ready(job.due)
+                slowly = self._pace.wait_slowly(job.due)
                 rows = list(waiting)[: self._piece if slowly else self._redis.batch_blocks]
                 # Asked again: what was forgotten meanwhile need not wait for its deletion.
                 piece = [row for row in rows if self._wants(waiting[row], False)]
-                unsent -= len(rows) - len(piece)
-                keys = [waiting[row] for row in piece]
-                self._redis.put(keys, [self._aside.row(row).data for row in piece])
-                self._pace.sent()
-                self._deleted([key for key in keys if key in self._undeleted])
+                if piece:
+                    keys = [waiting[row] for row in piece]
+                    self._redis.put(keys, [self._aside.row(row).data for row in piece])
+                    self._pace.sent()
+                    self._deleted([key for key in keys if key in self._undeleted])
                 self._give_back(waiting, rows)
-            unsent = 0
         except TierError:
             return  # counted by the link; degraded() tells
         finally:
-            self._count_unsent(unsent)
+            # Something is left where it broke.
+            self._count_unsent(sum(self._wants(key, False) for key in waiting.values()))
             self._give_back(waiting, list(waiting))
         if self._undeleted:
             self._delete(())
@@ -191,8 +194,6 @@ class SendPath:
         for key in keys:
             del self._undeleted[key]
         self._fence.end(keys)
-        with self._lock:
-            self._counts = replace(self._counts, undeleted_keys=len(self._undeleted))
 
     def _tend(self) -> None:
         """With nothing to send: sees whether Redis lives and takes writes; repeats what failed."""
@@ -214,5 +215,4 @@ class SendPath:
 
     def _count_unsent(self, blocks: int) -> None:
         with self._lock:
-            unsent = self._counts.unsent_blocks + blocks
-            self._counts = replace(self._counts, unsent_blocks=unsent)
+            self._unsent += blocks

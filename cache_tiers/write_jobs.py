@@ -28,7 +28,10 @@ class WriteCounts:
 
     jobs: int = 0
     dropped_jobs: int = 0  # unpinned without a copy
-    unsent_blocks: int = 0  # that Redis was to get: no room, a failure, or the end came first
+    # That Redis was to get: no room, a failure, or the end came first. At most: of a job that broke
+    # Redis may hold some, and did not say so.
+    unsent_blocks: int = 0
+    waiting_blocks: int = 0  # copied for Redis and not sent, now
     undeleted_keys: int = 0  # forgotten, but still in a Redis that does not answer, now
 
 

@@ -13,12 +13,11 @@ many bytes aside) is dropped, newest first, and counted: a tier is never worth a
 from __future__ import annotations
 
 import threading
-from dataclasses import replace
 
 from cache_tiers.fence import ForgetFence
 from cache_tiers.host import HostTier
 from cache_tiers.send_path import SendPath
-from cache_tiers.spans import PoolSpans
+from cache_tiers.spans import PoolSpans, Spans
 from cache_tiers.workers import Workers
 from cache_tiers.write_jobs import (
     Clearing,
@@ -53,7 +52,7 @@ class WritePath:
         self._lock = threading.Lock()
         self._jobs = 0
         self._dropped_jobs = 0
-        self._dropped_blocks = 0  # that Redis was to get
+        self._uncopied = 0  # blocks that Redis was to get, and of which no copy was tried
         self._pinned = 0
         self._writer: Workers[Save | Forget | Clearing] = Workers("tier-write", 1, self._write)
 
@@ -89,13 +88,14 @@ class WritePath:
             self._sender.hurry()
 
     def counts(self) -> WriteCounts:
-        sent = self._sender.counts() if self._sender is not None else WriteCounts()
+        sender = self._sender
         with self._lock:
-            return replace(
-                sent,
+            return WriteCounts(
                 jobs=self._jobs,
                 dropped_jobs=self._dropped_jobs,
-                unsent_blocks=sent.unsent_blocks + self._dropped_blocks,
+                unsent_blocks=self._uncopied + (sender.unsent_blocks if sender else 0),
+                waiting_blocks=sender.waiting_blocks if sender else 0,
+                undeleted_keys=sender.undeleted_keys if sender else 0,
             )
 
     @property
@@ -140,9 +140,7 @@ class WritePath:
         job = save.job
         aside: Send | None = None
         try:
-            spans = self._pool.of(job.blocks)
-            if self._host is not None:
-                self._host.keep(job.keys, spans)
+            spans = self._keep(job)
             if self._sender is not None and not job.from_peer:
                 aside = self._sender.set_aside(job.keys, spans)
         finally:
@@ -152,6 +150,16 @@ class WritePath:
         if self._sender is not None and aside is not None:
             self._sender.post(aside)
 
+    def _keep(self, job: WriteBack) -> Spans:
+        try:
+            spans = self._pool.of(job.blocks)
+            if self._host is not None:
+                self._host.keep(job.keys, spans)
+        except BaseException:
+            self._count_uncopied(job)
+            raise
+        return spans
+
     # ---- counting --------------------------------------------------------------------------------
 
     def _drop(self, job: WriteBack, done: UnpinSink, was_pinned: bool) -> None:
@@ -159,9 +167,13 @@ class WritePath:
             self._unpinned(job)
         with self._lock:
             self._dropped_jobs += 1
-            if self._sender is not None and not job.from_peer:
-                self._dropped_blocks += len(job.blocks)
+        self._count_uncopied(job)
         done(Unpin(job.ticket))
+
+    def _count_uncopied(self, job: WriteBack) -> None:
+        if self._sender is not None and not job.from_peer:
+            with self._lock:
+                self._uncopied += len(job.blocks)
 
     def _unpinned(self, job: WriteBack) -> None:
         with self._lock:

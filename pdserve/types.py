@@ -203,15 +203,13 @@ class TierReach:
 
 @dataclass(frozen=True, slots=True)
 class TierBlocks:
-    """What a worker's tiers below its device pool hold, in blocks."""
+    """What a worker's tiers below its device pool hold, and what they failed to, in blocks."""
 
     host: int = 0
     host_total: int = 0
-    # Since the worker started; what Redis dropped since is not known.
-    redis_written: int = 0
-    redis_unsent: int = (
-        0  # that it was to get: no room for copies, a failure, or the end came first
-    )
+    # Since the worker started.
+    redis_written: int = 0  # what Redis dropped later is not known
+    redis_unsent: int = 0  # that it was to get and, by a failure or for want of room, did not
     redis_rejected: int = 0  # values found there that were not what was asked for
 
 

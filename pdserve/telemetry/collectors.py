@@ -126,7 +126,7 @@ _OF_EACH_BY_KIND: tuple[tuple[_Family, str, str, Callable[[Load], Mapping[str, i
     (
         CounterMetricFamily,
         "redis_blocks_lost",
-        "KV blocks that Redis does not give: never sent (no room, a failure), or found damaged.",
+        "KV blocks that Redis did not get, for want of room or by a failure, or gave as another.",
         lambda load: {"unsent": load.tiers.redis_unsent, "rejected": load.tiers.redis_rejected},
     ),
 )

@@ -33,10 +33,10 @@ def in_patience() -> float:
 
 def test_the_first_piece_goes_and_the_next_after_the_pause() -> None:
     one = pace(0.05)
-    assert one.ready(in_patience())
+    assert one.wait_slowly(in_patience())
     began = time.monotonic()
     one.sent()
-    assert one.ready(in_patience())
+    assert one.wait_slowly(in_patience())
     assert time.monotonic() - began >= 0.05
 
 
@@ -47,39 +47,41 @@ def test_a_piece_waits_until_nobody_computes() -> None:
         asked.append(len(asked) < 3)
         return asked[-1]
 
-    assert pace(0.001, computing).ready(in_patience())
+    assert pace(0.001, computing).wait_slowly(in_patience())
     assert asked == [True, True, True, False]
 
 
 def test_patience_ends_and_the_pauses_stay() -> None:
     one = pace(0.05, always)
     began = time.monotonic()
-    assert one.ready(began + 0.1)
+    assert one.wait_slowly(began + 0.1)
     assert time.monotonic() - began >= 0.1
     began = time.monotonic()
     one.sent()
-    assert one.ready(began)  # its patience was over before
+    assert one.wait_slowly(began)  # its patience was over before
     assert time.monotonic() - began >= 0.05
 
 
 def test_without_pauses_there_are_no_pieces() -> None:
-    assert not pace(0.0, always).ready(in_patience())
+    assert not pace(0.0, always).wait_slowly(in_patience())
 
 
 @pytest.mark.parametrize("held_by", ["a pause", "computing"])
-@pytest.mark.parametrize("by", ["press", "end", "look"])
+@pytest.mark.parametrize("by", ["press", "end", "room_taken"])
 def test_whoever_is_held_up_ends_the_wait(by: str, held_by: str) -> None:
     is_scarce = threading.Event()
     one = pace(LONG_S, always if held_by == "computing" else never, is_scarce.is_set)
     if held_by == "a pause":
         one.sent()
     answers: list[bool] = []
-    sender = threading.Thread(target=lambda: answers.append(one.ready(in_patience())), daemon=True)
+    sender = threading.Thread(
+        target=lambda: answers.append(one.wait_slowly(in_patience())), daemon=True
+    )
     sender.start()
     time.sleep(0.05)
     assert answers == [], "nobody is held up yet"
-    if by == "look":
-        one.look()  # there is still room
+    if by == "room_taken":
+        one.room_taken()  # there is still room
         time.sleep(0.05)
         assert answers == []
         is_scarce.set()
@@ -93,11 +95,11 @@ def test_one_who_was_held_up_and_is_done_hurries_nobody_more() -> None:
     one.press()
     one.press()
     one.sent()
-    assert not one.ready(in_patience())
+    assert not one.wait_slowly(in_patience())
     one.release()
-    assert not one.ready(in_patience()), "another one still waits"
+    assert not one.wait_slowly(in_patience()), "another one still waits"
     one.release()
     began = time.monotonic()
     one.sent()
-    assert one.ready(in_patience())
+    assert one.wait_slowly(in_patience())
     assert time.monotonic() - began >= 0.05

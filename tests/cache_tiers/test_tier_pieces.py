@@ -112,6 +112,22 @@ def test_for_such_a_moment_a_job_waits_only_so_long(
     assert world.read(keys) == [R] * 3
 
 
+def test_jobs_that_wait_use_up_their_patience_together(
+    real_redis: RealRedis, worlds: list[World]
+) -> None:
+    limits = patient(1.0)
+    world = open_world(worlds, real_redis.url, limits=limits, computing=lambda: True)
+    keys = new_keys(5)
+    began = time.monotonic()
+    with watched() as still:
+        for i, key in enumerate(keys):
+            world.wait(world.start_write([key], i))
+        assert world.manager.quiesce(10)
+        took = time.monotonic() - began
+        assert limits.patience_s <= took < 3 * limits.patience_s + still.seconds
+    assert world.read(keys) == [R] * 5
+
+
 def test_what_comes_next_is_not_kept_waiting_for_a_moment(
     real_redis: RealRedis, worlds: list[World]
 ) -> None:
@@ -136,7 +152,11 @@ def test_a_forget_and_a_clear_wait_for_no_pause(real_redis: RealRedis, worlds: l
     stats = world.manager.stats().redis
     assert stats is not None
     assert stats.stored == 2, "a suspect block was sent after it had been forgotten"
+    assert world.manager.blocks().redis_unsent == 0, "what was forgotten was not to be sent"
+    # What comes later pauses again.
     world.wait(world.start_write(keys[3:], 3))
+    time.sleep(0.1)
+    assert stored(real_redis, 2) == 2
     world.manager.clear([R])
     assert stored(real_redis, 0) == 0
     stats = world.manager.stats().redis
