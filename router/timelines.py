@@ -120,7 +120,8 @@ class Timeline:
         return self._usage if isinstance(self._usage, Usage) else self._usage()
 
     def duration_ns(self) -> int:
-        return (self.ended_ns or unix_ns(time.monotonic())) - self.started_ns
+        """0 where the clock was set back meanwhile."""
+        return max(0, (self.ended_ns or unix_ns(time.monotonic())) - self.started_ns)
 
     def current(self) -> Phase | None:
         """The router's phase that has not ended."""

@@ -5,19 +5,21 @@
 
 This is the one source of timing for a request's page in the router and for its trace. Phases are
 recorded in workers and router alike, at moments of time.monotonic(); what leaves a process is the
-wall clock's, by one offset per process, so that phases of a process never contradict each other.
-Phases of different hosts are as far apart as their clocks.
+wall clock's, by one offset (pdserve/telemetry/wall_clock.py), so that phases of a process do not
+contradict each other unless the clock is set meanwhile. Phases of different hosts are as far apart
+as their clocks.
 """
 
 from __future__ import annotations
 
 import enum
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from pdserve.telemetry.wall_clock import WallClock
 from pdserve.types import Tier, Transport
 
+_CLOCK = WallClock()
 # Of one name in one recorder; later ones are merged into the last.
 PHASES_PER_NAME = 32
 
@@ -39,23 +41,9 @@ class PhaseName(enum.Enum):
     PREEMPTED = "preempted"  # from losing its blocks to getting blocks again
 
 
-def _wall_offset_ns() -> int:
-    """Between the two clocks, from the closest pair of readings among a few."""
-    pairs = []
-    for _ in range(8):
-        before = time.monotonic_ns()
-        wall = time.time_ns()
-        after = time.monotonic_ns()
-        pairs.append((after - before, wall - (before + after) // 2))
-    return min(pairs)[1]
-
-
-_OFFSET_NS = _wall_offset_ns()
-
-
 def unix_ns(moment: float) -> int:
     """``moment`` of this process's time.monotonic(), as nanoseconds since 1970."""
-    return int(moment * 1e9) + _OFFSET_NS
+    return _CLOCK.unix_ns(moment)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +87,8 @@ def between(
     name: PhaseName, start: float, end: float, **what: int | str | Tier | Transport | None
 ) -> Phase:
     """A phase between two moments of time.monotonic()."""
-    first = unix_ns(start)
-    return replace(Phase(name, first, max(0, unix_ns(end) - first)), **what)  # type: ignore[arg-type]
+    took = max(0, round((end - start) * 1e9))
+    return replace(Phase(name, unix_ns(start), took), **what)  # type: ignore[arg-type]
 
 
 class Recorder:
