@@ -1,17 +1,20 @@
 """``bench/gpu.sh``: what a GPU has to show, without Ray and Redis. Exits with 3 without a GPU.
 
-    contract tests -> each shape: beside transformers, decode, prefill -> hand-off -> table, JSON
+    each shape: decode, prefill -> hand-off -> contract tests -> each shape: beside transformers
+    -> table
 
 Each part is measured beside what bounds it, in turns: the rate of a copy on the device, of a matrix
-product, transformers' continuous batching. A part that cannot be measured is told as such, with the
-reason, and the others still run. Not run on a GPU yet; its parts are tested on the CPU with small
-shapes (tests/bench/test_gpu.py).
+product, transformers' continuous batching. Kernels are probed before they are measured. A part that
+cannot be measured is told as such, with the reason, and the others still run; what was measured is
+kept after each part, and the slowest ones come last. Not run on a GPU yet; its parts are tested on
+the CPU with small shapes (tests/bench/test_gpu.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import inspect
 import subprocess
 import sys
 import time
@@ -21,13 +24,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 
 from bench.gpu_model import SHAPES, Bench, bench_model, random_model
-from bench.record import REPEATS, Goal, Record, interleaved
+from bench.record import REPEATS, RESULTS, Goal, Record, interleaved
 
 NOTHING_MEASURED = 3
+# The only ones that hold tests of a GPU; what others import need not be installed there.
+CONTRACTS = (
+    "tests/engine/test_triton_paged.py",
+    "tests/engine/test_decode_graph.py",
+    "tests/kv_transfer/test_contract.py",
+    "tests/cache_tiers/test_device_spans.py",
+)
+CONTRACTS_S = 240.0
 STREAMS = (1, 32, 128)
 CONTEXT = 512  # tokens of each stream that decodes
 STEPS = 20  # in a turn
@@ -41,36 +53,50 @@ HANDED = 256  # blocks in a hand-off
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench/gpu.sh", description=__doc__)
     parser.add_argument("--skip-tests", action="store_true", help="measure alone")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
     parsed = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("no CUDA device is here: nothing was measured")
         return NOTHING_MEASURED
     device = torch.device("cuda:0")
     record = Record("gpu")
-    record.notes["device"] = torch.cuda.get_device_name(device)
-    record.notes["CUDA"] = torch.version.cuda
     missing: list[str] = []
-    tests = 0 if parsed.skip_tests else contract_tests()
-    record.notes["contract tests"] = "not run" if parsed.skip_tests else f"exit status {tests}"
-    for name in SHAPES:
-        part(missing, name, partial(shape, record, missing, name))
+    record.notes |= {
+        "device": torch.cuda.get_device_name(device),
+        "CUDA": torch.version.cuda,
+        "contract tests": "not run",
+        "not measured": missing,
+    }
+
+    def kept(name: str, measure: Callable[[], object]) -> None:
+        part(missing, name, measure)
         gc.collect()  # a model and what is bound to it refer to each other
         torch.cuda.empty_cache()
-    part(missing, "hand-off over CUDA IPC", lambda: hand_off(record, device))
-    record.notes["not measured"] = missing
+        record.write(parsed.results)
+
+    for name in SHAPES:
+        kept(name, partial(shape, record, name))
+    kept("hand-off over CUDA IPC", lambda: hand_off(record, device))
+    if not parsed.skip_tests:
+        record.notes["contract tests"] = contract_tests()
+    for name in SHAPES:
+        kept(f"{name}, beside transformers", partial(beside, record, name, SHAPES[name], device))
     table(record, missing)
-    print(f"kept in {record.write()}")
+    print(f"kept in {record.write(parsed.results)}")
     if not record.lines:
         return NOTHING_MEASURED
-    return 1 if tests else 0
+    return 0 if record.notes["contract tests"] in ("not run", "passed") else 1
 
 
-def contract_tests() -> int:
-    """The exit status of the tests that are marked ``gpu``."""
+def contract_tests(files: Sequence[str] = CONTRACTS, limit_s: float = CONTRACTS_S) -> str:
+    """How the tests that are marked ``gpu`` ended."""
     where = Path(__file__).parent.parent
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu"]
-    command += ["tests/engine", "tests/kv_transfer", "tests/cache_tiers/test_device_spans.py"]
-    return subprocess.run(command, cwd=where, check=False).returncode
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *files]
+    try:
+        code = subprocess.run(command, cwd=where, check=False, timeout=limit_s).returncode
+    except subprocess.TimeoutExpired:
+        return f"did not end within {limit_s:g} s"
+    return "passed" if code == 0 else f"exit status {code}"
 
 
 def part(missing: list[str], name: str, measure: Callable[[], object]) -> None:
@@ -85,19 +111,18 @@ def part(missing: list[str], name: str, measure: Callable[[], object]) -> None:
 
 def table(record: Record, missing: Sequence[str]) -> None:
     print(f"\n{record.notes['device']}, torch {torch.__version__}, {record.made.at:%Y-%m-%d}")
+    print(f"  contract tests: {record.notes['contract tests']}")
     for line in record.lines:
         print(f"  {line.text()}")
     for name in missing:
         print(f"  not measured: {name}")
 
 
-def shape(record: Record, missing: list[str], name: str) -> None:
-    device, config = torch.device("cuda:0"), SHAPES[name]
-    model = random_model(config, device)
-    part(missing, f"{name}, beside transformers", lambda: beside(record, name, config, model))
+def shape(record: Record, name: str) -> None:
+    model = random_model(SHAPES[name], torch.device("cuda:0"))
     most = max(PROMPT, max(STREAMS) * (CONTEXT + 16))
     bench = bench_model(model, most, max(STREAMS))
-    record.notes[f"{name}: attention"] = bench.kernel
+    record.notes[f"{name}: how"] = bench.notes
     for streams in STREAMS:
         decode(record, name, bench, streams)
     prefill(record, name, bench, PROMPT)
@@ -174,25 +199,39 @@ def beside(
     record: Record,
     name: str,
     config: Any,
-    model: Any,
+    device: torch.device,
     streams: int = PEER_STREAMS,
     prompt: int = PEER_PROMPT,
     tokens: int = PEER_ANSWER,
 ) -> None:
     """Tokens/s of whole answers, ours and transformers' continuous batching, on equal weights."""
-    device = next(model.parameters()).device
     theirs = random_model(config, device)
     theirs.set_attn_implementation("sdpa")
+    record.notes[f"{name}: transformers' attention"] = theirs.config._attn_implementation
     library: Any = transformers
     wanted = library.GenerationConfig(
         max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
     )
-    prompts = [[5 + at % 900 for at in range(prompt)] for _ in range(streams)]
+    draw = np.random.default_rng(record.seed)
+    # What it sets up is not to be set up again for each batch.
+    lasting = "persistent_manager" in inspect.signature(theirs.generate_batch).parameters
+    more = {"persistent_manager": True} if lasting else {}
+    record.notes[f"{name}: transformers keeps its manager"] = lasting
 
     def batched() -> float:
-        took = timed(device, lambda: theirs.generate_batch(prompts, generation_config=wanted))
+        # No two alike: it may share what prompts begin with, also those of a turn before.
+        prompts = draw.integers(5, 1000, (streams, prompt)).tolist()
+        answers: dict[str, Any] = {}
+        took = timed(
+            device,
+            lambda: answers.update(
+                theirs.generate_batch(prompts, generation_config=wanted, **more)
+            ),
+        )
+        check_answers(list(answers.values()), streams, tokens)
         return streams * tokens / took
 
+    model = random_model(config, device)
     bench = bench_model(model, streams * (prompt + tokens), streams)
     try:
         found = interleaved(
@@ -204,10 +243,21 @@ def beside(
         )
     finally:
         bench.runner.detach()
+        if lasting:
+            theirs.destroy_cached_continuous_batching_manager()
     what = f"{name}, {streams} streams, {prompt} in, {tokens} out"
     for way, rates in found.items():
         record.value(f"{what}: {way}", "tokens/s", rates)
     record.ratio(f"{what}: ours / transformers", found["ours"], found["transformers"], Goal(3.0))
+
+
+def check_answers(answers: Sequence[Any], count: int, tokens: int) -> None:
+    """RuntimeError when a peer that hides its failures did less than it was asked for."""
+    whole = [a for a in answers if not a.error and len(a.generated_tokens) == tokens]
+    if len(whole) < count:
+        errors = {str(answer.error) for answer in answers if answer.error}
+        told = f": {', '.join(sorted(errors))}" if errors else ""
+        raise RuntimeError(f"{len(whole)} of {count} answers are whole{told}")
 
 
 def hand_off(record: Record, device: torch.device) -> None:

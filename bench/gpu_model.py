@@ -23,6 +23,7 @@ from pdserve.engine.decode_graph import cuda_capture
 from pdserve.engine.layout import BlockLayout, block_layout
 from pdserve.engine.model import LoadedModel, trace_model
 from pdserve.engine.pool_view import pool_view
+from pdserve.engine.probe import probe_or_gather
 from pdserve.engine.runner import ModelRunner
 from pdserve.engine.step import Row
 from pdserve.engine.triton_layer import TritonKernels
@@ -70,7 +71,7 @@ class Bench:
     loaded: LoadedModel
     layout: BlockLayout
     runner: ModelRunner
-    kernel: str  # which attention, and why
+    notes: tuple[str, ...]  # how it computes, and why
 
     @property
     def step_bytes(self) -> int:
@@ -118,11 +119,14 @@ def bench_model(model: Any, max_tokens: int, most_rows: int) -> Bench:
         weights_note="random",
     )
     config = Config(model_cache=str(Path.home() / ".cache" / "pdserve"))
-    kernels, note = choose_kernel(config, "bfloat16", device)
+    # Figures of kernels that compute something else would say nothing.
+    found, note = choose_kernel(config, "bfloat16", device)
+    chosen = probe_or_gather(loaded, found, must=False)
     layout = block_layout(BLOCK, "bfloat16", loaded.shapes)
     blocks = layout.blocks_for(max_tokens) + most_rows
     memory = torch.zeros((blocks, layout.span_bytes), dtype=torch.uint8, device=device)
-    runner = ModelRunner(loaded, pool_view(memory, layout), kernels)
-    if isinstance(kernels, TritonKernels):
+    runner = ModelRunner(loaded, pool_view(memory, layout), chosen.kernels)
+    if isinstance(chosen.kernels, TritonKernels):
         runner.use_graphs(cuda_capture(device), most_rows)
-    return Bench(loaded, layout, runner, note)
+    probed = f"probe: {chosen.report.difference:.1e} (at most {chosen.report.tolerance:g})"
+    return Bench(loaded, layout, runner, (chosen.note or note, *runner.notes, probed))

@@ -3,7 +3,8 @@
 with running_peer(blocks, span) as peer:   its pool is filled and exported
     peer.offers(blocks)                    asks for offers; the peer computes the checksums
     peer.ask(first, blocks), .offered()    the same in two steps, with time between them
-    peer.socket_port                       a bare socket loop over as many bytes, to compare with
+    peer.socket_port                       a bare socket loop over as many bytes, to compare with;
+                                           0 where the pool is on a device
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ TOKEN = "the token of a measurement"
 FINGERPRINT = Fingerprint(bytes(range(32)))
 ON_HOST = (Transport.SHM, Transport.TCP)
 SOCKET_BUFFER = 4 * 2**20
+START_S, ANSWER_S = 180.0, 60.0
 _processes = multiprocessing.get_context("spawn")
 
 
@@ -67,6 +69,8 @@ class Peer:
         self._pipe.send((first, count))
 
     def offered(self) -> tuple[BlockOffer, ...]:
+        if not self._pipe.poll(ANSWER_S):
+            raise TimeoutError(f"the other process made no offers within {ANSWER_S:g} s")
         offers: tuple[BlockOffer, ...] = self._pipe.recv()
         return offers
 
@@ -82,6 +86,8 @@ def running_peer(
     process.start()
     theirs.close()
     try:
+        if not ours.poll(START_S):
+            raise TimeoutError(f"the other process has no pool after {START_S:g} s")
         endpoint, port = ours.recv()
         yield Peer(endpoint, port, ours)
     finally:
@@ -94,10 +100,13 @@ def _serve(
     pipe: Connection, wanted: tuple[int, int, str], transports: tuple[Transport, ...]
 ) -> None:
     pool = new_pool(*wanted)
-    pool.spans, _ = workers_spans(pool.span_bytes)
+    on_host = pool.blocks.device.type == "cpu"
+    if on_host:
+        pool.spans, _ = workers_spans(pool.span_bytes)
     pool.blocks.random_(0, 256)
     exporter = PoolExporter(pool, FINGERPRINT, "127.0.0.1", TOKEN, transports)
-    pipe.send((exporter.endpoint(), _bare_sender(pool.blocks.cpu(), wanted[1])))
+    port = _bare_sender(pool.blocks, wanted[1]) if on_host else 0
+    pipe.send((exporter.endpoint(), port))
     with contextlib.suppress(EOFError):
         while True:
             first, count = pipe.recv()

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from pdserve.bench.result import Made, made_now
+from pdserve.bench.provenance import Made, made_now
 from pdserve.bench.stats import CONFIDENCE, Estimate, estimate, percentile
 
 REPEATS = 5

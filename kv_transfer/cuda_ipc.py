@@ -20,7 +20,7 @@ from kv_transfer import cudart, session
 from kv_transfer.base import BlockOffer, Endpoint, ReadReport
 from kv_transfer.checksum import checksum_for
 from kv_transfer.plan import check_offers, split_reads
-from kv_transfer.slots import index_of, new_slot, slot_blocks
+from kv_transfer.slots import index_of, new_slot, slot_blocks, words
 from kv_transfer.tcp import receive_status
 from kv_transfer.wire import MAX_ENTRIES, Check, Code, error_of
 from pdserve.engine.memory import PoolMemory
@@ -130,12 +130,12 @@ class CudaIpcReader:
         rows = self._buffer[: len(offers)]
         with torch.cuda.stream(self._stream):
             source = index_of([offer.block for offer in offers], self._pool)
-            torch.index_select(self._remote, 0, source, out=rows)
+            torch.index_select(words(self._remote), 0, source, out=words(rows))
             sums = self._checksum.of_rows(rows)
             for offer, value in zip(offers, sums, strict=True):
                 if value != offer.checksum:
                     return offer
-            self._pool.blocks.index_copy_(0, index_of(into, self._pool), rows)
+            words(self._pool.blocks).index_copy_(0, index_of(into, self._pool), words(rows))
         return None
 
     def _check_generations(self, offers: Sequence[BlockOffer], deadline: float) -> None:

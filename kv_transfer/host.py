@@ -9,9 +9,6 @@ from pathlib import Path
 from kv_transfer.plan import Capabilities
 from pdserve.engine.memory import PoolMemory
 
-# Two ranks on one GPU are refused by NCCL unless this is set to 1 in both processes.
-MULTI_RANK_VARIABLE = "NCCL_MULTI_RANK_GPU_ENABLE"
-
 
 def host_id() -> str:
     """32 hex digits over all that the kernel compares before it lets one process open another's fd.
@@ -35,11 +32,11 @@ def host_id() -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
-def local_capabilities(pool: PoolMemory, links: bool) -> Capabilities:
+def local_capabilities(pool: PoolMemory, links: bool, links_on_one_device: bool) -> Capabilities:
     """What this process can do with its pool; ``links``: it can open NCCL links."""
     return Capabilities(
         host_id=host_id(),
         device_uuid=pool.device_uuid,
         links=links,
-        links_on_one_device=os.environ.get(MULTI_RANK_VARIABLE) == "1",
+        links_on_one_device=links_on_one_device,
     )

@@ -13,6 +13,7 @@ import ctypes
 import functools
 import importlib.util
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,6 +37,10 @@ _MAGIC = 0xCAFEBEEF
 # The layout below is that of 2.17; the library reads ``size`` bytes and takes later fields as
 # unset, so it works with every later one.
 _CONFIG_VERSION = 21700
+# Two ranks on one GPU are refused unless this is set to 1 in both processes. 2.32.3 knows it; of
+# earlier ones it is reported that 2.28 does not and 2.30 does.
+MULTI_RANK_VARIABLE = "NCCL_MULTI_RANK_GPU_ENABLE"
+MULTI_RANK_SINCE = 23000
 _POLL_SECONDS = 0.0005
 # Enqueuing an operation is local work once both ranks are connected.
 _ENQUEUE_SECONDS = 10.0
@@ -114,6 +119,16 @@ def library_version(library: ctypes.CDLL) -> int:
     found = ctypes.c_int()
     library.ncclGetVersion(ctypes.byref(found))
     return found.value
+
+
+def links_on_one_device() -> bool:
+    """Whether two ranks may share a GPU: NCCL knows how, and both processes allow it."""
+    library = load_library()
+    return (
+        library is not None
+        and library_version(library) >= MULTI_RANK_SINCE
+        and os.environ.get(MULTI_RANK_VARIABLE) == "1"
+    )
 
 
 def _candidates() -> Iterator[str]:

@@ -13,7 +13,7 @@ import threading
 from kv_transfer.base import Endpoint
 from kv_transfer.cuda_ipc import CudaIpcReader
 from kv_transfer.host import local_capabilities
-from kv_transfer.nccl import nccl_links
+from kv_transfer.nccl import links_on_one_device, nccl_links
 from kv_transfer.plan import Choice, check_pairing, choose_transport
 from kv_transfer.pooled_reader import PooledReader, TransportReader
 from kv_transfer.shm import ShmReader
@@ -57,7 +57,11 @@ class ReaderPool:
         self._links = links or nccl_links(pool)
         self._relay = relay
         self._order = tuple(Transport(name) for name in config.transports)
-        self._local = local_capabilities(pool, links=self._links is not None)
+        self._local = local_capabilities(
+            pool,
+            links=self._links is not None,
+            links_on_one_device=self._links is not None and links_on_one_device(),
+        )
         self._lock = threading.Lock()
         self._readers: dict[Incarnation, PooledReader] = {}
         self._revoked: dict[Incarnation, None] = {}

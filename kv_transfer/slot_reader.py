@@ -29,6 +29,7 @@ from kv_transfer.slots import (
     new_slot,
     slot_blocks,
     wait_for_slot,
+    words,
 )
 from kv_transfer.wire import MAX_ENTRIES, Code, LinkId, LinkOpen, SlotRead, SlotStatus, error_of
 from pdserve.engine.memory import PoolMemory
@@ -232,7 +233,8 @@ class SlotReader:
         with read.writing:
             if not read.cancelled:
                 with link.stream():
-                    self._pool.blocks.index_copy_(0, index_of(into, self._pool), rows)
+                    index = index_of(into, self._pool)
+                    words(self._pool.blocks).index_copy_(0, index, words(rows))
                 link.synchronize()
         return None
 

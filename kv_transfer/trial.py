@@ -38,8 +38,7 @@ from kv_transfer.convert import (
     offers_to_proto,
 )
 from kv_transfer.exporter import PoolExporter
-from kv_transfer.host import MULTI_RANK_VARIABLE
-from kv_transfer.nccl import library_version, load_library
+from kv_transfer.nccl import MULTI_RANK_VARIABLE, library_version, load_library
 from kv_transfer.readers import ReaderPool
 from pdserve.config import TransferConfig
 from pdserve.engine.memory import PoolMemory, allocate_cuda, allocate_shared

@@ -16,6 +16,7 @@ from pdserve.bench import result, server, table, traces, workload
 from pdserve.bench.caller import Target
 from pdserve.bench.load import Plan, run_all
 from pdserve.bench.prompts import TokenRange
+from pdserve.bench.provenance import made_now
 from pdserve.bench.samples import Outcome, Run
 from pdserve.bench.summary import Slo, summarize
 from pdserve.bench.workload import Request
@@ -108,7 +109,7 @@ async def run(options: Options, front: Front, path: Path | None, console: Consol
     )
     slo = Slo(options.slo_ttft_ms, options.slo_itl_ms)
     url = server.base_url(front.url)
-    made = result.made_now()
+    made = made_now()
     async with server.open_session(front.api_key, front.tls) as session:
         served = await server.ask(session, url, options.model)
         console.print(f"{served.model} at {url}", markup=False, highlight=False)

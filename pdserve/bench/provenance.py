@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -23,6 +24,20 @@ class Machine:
     memory_bytes: int
     system: str
     load_1m: float  # before the run: others at work spoil figures
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """Seen before the run began."""
+
+    at: datetime
+    machine: Machine
+    versions: dict[str, str]
+    commit: str | None
+
+
+def made_now() -> Made:
+    return Made(datetime.now(UTC), machine(), versions(), commit())
 
 
 def machine() -> Machine:

@@ -7,13 +7,11 @@ import json
 import os
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from pdserve.bench.load import Plan
-from pdserve.bench.provenance import Machine, commit, machine, versions
+from pdserve.bench.provenance import Made
 from pdserve.bench.samples import Outcome, Run, Sample
 from pdserve.bench.server import Served
 from pdserve.bench.stats import CONFIDENCE, Estimate
@@ -22,20 +20,6 @@ from pdserve.bench.workload import Request
 from pdserve.errors import ConfigError
 
 SCHEMA = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Made:
-    """Seen before the run began."""
-
-    at: datetime
-    machine: Machine
-    versions: dict[str, str]
-    commit: str | None
-
-
-def made_now() -> Made:
-    return Made(datetime.now(UTC), machine(), versions(), commit())
 
 
 def default_path(made: Made) -> Path:

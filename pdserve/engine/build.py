@@ -121,7 +121,7 @@ def build_engine(
     notes = (
         *_model_notes(loaded),
         chosen.note or kernel_note,
-        f"layers: {runner.layers_note}",
+        *runner.notes,
         _probe_note(chosen.report),
         spans_note,
         *_pool_notes(size, loaded),
@@ -169,7 +169,7 @@ def choose_kernel(
     if device.type == "cuda":
         found = load_triton(device, TORCH_DTYPES[dtype])
         if found.kernels is not None:
-            return found.kernels, "attention: Triton kernels; decode steps are replayed from graphs"
+            return found.kernels, "attention: Triton kernels"
         reason = found.reason
     elif not native_supports(TORCH_DTYPES[dtype], device):
         reason = f"there is no native kernel for {dtype} on {device}"

@@ -6,11 +6,15 @@
 Its parts: the tables' width; for each token its id, position, block and place in the block; for
 each item (a token that is attended straight from the pool) its place in the line, its row and how
 many keys it sees; the tables. Padding belongs to no row: it sees no key, and its block is -1.
+Each part begins at a multiple of 16 bytes: Triton makes a kernel anew for every set of pointers of
+which other ones are so aligned, and the first step that has it would wait for the compiler.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,12 +23,23 @@ import torch
 from pdserve.engine.plan import StepPlan
 
 Int32 = npt.NDArray[np.int32]
+Parts = Sequence[npt.NDArray[np.signedinteger[Any]]]
 _PER_TOKEN, _PER_ITEM = 4, 3
+_ALIGNED = 4  # numbers of four bytes
 NO_BLOCK = -1
 
 
 def packed_size(tokens: int, items: int, table_entries: int) -> int:
-    return 1 + _PER_TOKEN * tokens + _PER_ITEM * items + table_entries
+    return _begin(tokens, items, _PER_TOKEN, _PER_ITEM) + table_entries
+
+
+def _begin(tokens: int, items: int, token_parts: int, item_parts: int) -> int:
+    """Where the part begins that so many parts of tokens and of items precede."""
+    return _ALIGNED + token_parts * _up(tokens) + item_parts * _up(items)
+
+
+def _up(count: int) -> int:
+    return -(-count // _ALIGNED) * _ALIGNED
 
 
 def pack_plan(plan: StepPlan, size: int) -> Int32:
@@ -32,29 +47,38 @@ def pack_plan(plan: StepPlan, size: int) -> Int32:
     padding = size - plan.size
     assert padding >= 0
     assert not padding or len(plan.short_tokens) == plan.size, "only single tokens are padded"
-    rest = np.zeros(padding, np.int32)
-    none = np.full(padding, NO_BLOCK, np.int32)
-    parts = (
-        [plan.tables.shape[1]],
-        *(plan.tokens, rest),
-        *(plan.positions, rest),
-        *(plan.slot_blocks, none),
-        *(plan.slot_offsets, rest),
-        *(plan.short_tokens, np.arange(plan.size, size, dtype=np.int32)),
-        *(plan.short_rows, rest),
-        *(plan.short_contexts, rest),
-        plan.tables.reshape(-1),
-    )
-    return np.concatenate(parts).astype(np.int32, copy=False)
+    of_tokens: Parts = (plan.tokens, plan.positions, plan.slot_blocks, plan.slot_offsets)
+    of_items: Parts = (plan.short_tokens, plan.short_rows, plan.short_contexts)
+    items = len(plan.short_tokens) + padding
+    packed = np.zeros(packed_size(size, items, plan.tables.size), np.int32)
+    packed[0] = plan.tables.shape[1]
+    for number, part in enumerate(of_tokens):
+        begin = _begin(size, items, number, 0)
+        packed[begin : begin + plan.size] = part
+    for number, part in enumerate(of_items):
+        begin = _begin(size, items, _PER_TOKEN, number)
+        packed[begin : begin + len(part)] = part
+    packed[packed_size(size, items, 0) :] = plan.tables.reshape(-1)
+    _pad(packed, size, items, padding)
+    return packed
 
 
 def pack_padding(size: int) -> Int32:
     """``size`` tokens that belong to no row."""
-    rest = np.zeros(size, np.int32)
-    none = np.full(size, NO_BLOCK, np.int32)
-    items = np.arange(size, dtype=np.int32)
-    # The width of the tables, which are empty; then as in ``pack_plan``.
-    return np.concatenate(([1], rest, rest, none, rest, items, rest, rest)).astype(np.int32)
+    packed = np.zeros(packed_size(size, size, 0), np.int32)
+    packed[0] = 1  # the width of the tables, which are empty
+    _pad(packed, size, size, size)
+    return packed
+
+
+def _pad(packed: Int32, size: int, items: int, padding: int) -> None:
+    """The last ``padding`` tokens: no block, and a place in the line; all else of them is 0."""
+    first = size - padding
+    blocks = _begin(size, items, 2, 0)
+    packed[blocks + first : blocks + size] = NO_BLOCK
+    places = _begin(size, items, _PER_TOKEN, 0)
+    if padding:
+        packed[places + first : places + size] = np.arange(first, size, dtype=np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +90,7 @@ class DevicePlan:
     items: int
 
     def _part(self, token_parts: int, item_parts: int, count: int) -> torch.Tensor:
-        begin = 1 + token_parts * self.size + item_parts * self.items
+        begin = _begin(self.size, self.items, token_parts, item_parts)
         return self.buffer[begin : begin + count]
 
     @property

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from gguf import GGMLQuantizationType, GGUFReader
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -47,6 +46,9 @@ def blocks_file(folder: Path) -> Path | None:
 
 def keep_blocks(gguf: Path, model: nn.Module, folder: Path) -> int:
     """How many layers' blocks were kept. ``model``: with the dense weights of the file."""
+    # Imported here: only a conversion needs it.
+    from gguf import GGUFReader  # noqa: PLC0415
+
     tensors = {tensor.name: tensor for tensor in GGUFReader(gguf).tensors}
     kept: dict[str, torch.Tensor] = {}
     count = 0
@@ -97,13 +99,14 @@ def _blocks_of(tensor: Any) -> Quantized | None:
     if tensor is None:
         return None
     rows = np.asarray(tensor.data)
-    if tensor.tensor_type is GGMLQuantizationType.Q8_0:
+    kind = tensor.tensor_type.name
+    if kind == "Q8_0":
         blocks = rows.reshape(len(rows), -1, 2 + GROUP)
         codes = blocks[..., 2:].reshape(len(rows), -1).view(np.int8)
         if bool((codes == -128).any()):
             return None  # beyond what a code may be
         return Quantized(torch.from_numpy(codes.copy()), _halves(blocks[..., :2]), None)
-    if tensor.tensor_type is GGMLQuantizationType.Q4_1:
+    if kind == "Q4_1":
         blocks = rows.reshape(len(rows), -1, 4 + GROUP // 2)
         pairs = blocks[..., 4:]
         codes = np.concatenate([pairs & 15, pairs >> 4], axis=-1).reshape(len(rows), -1)

@@ -64,6 +64,15 @@ class ModelRunner:
         with torch.inference_mode():
             self._graphs.prepare()
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """How it computes, a line each."""
+        layers = f"layers: {self.layers_note}"
+        if self._graphs is None:
+            return (layers,)
+        reason = self._graphs.reason
+        return (layers, f"decode steps: {reason or 'replayed from graphs'}")
+
     def begin(self) -> None:
         if self._pin and self._fused is not None:
             self._fused.keep_to_cores()

@@ -5,14 +5,17 @@
 
 Keys that precede a row are gathered from the pool for all rows at once; where nothing precedes any
 of them, the step's own keys are taken as they are. The function is torch's ``varlen_attn`` (CUDA,
-half precisions) or one like it: queries are aligned with the last keys. Not run on a GPU yet;
-tested on the CPU with a function of the same signature.
+half precisions) or one like it: queries are aligned with the last keys, and several heads of
+queries may share one of keys. Not run on a GPU yet; tested on the CPU with a function of the same
+signature.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,8 +37,19 @@ def load_varlen(device: torch.device, dtype: torch.dtype) -> Varlen | None:
         module: Any = importlib.import_module("torch.nn.attention.varlen")
     except ImportError:
         return None
-    found: Varlen = module.varlen_attn
-    return found
+    return grouped(module.varlen_attn)
+
+
+def grouped(function: Varlen) -> Varlen | None:
+    """``function`` for several query heads on one head of keys; None where it has no windows.
+
+    torch has to be told from 2.12 on; before, nothing asks for it. What it then does is for the
+    probe to judge.
+    """
+    named = inspect.signature(function).parameters
+    if "window_size" not in named:
+        return None
+    return partial(function, enable_gqa=True) if "enable_gqa" in named else function
 
 
 class VarlenRows:
@@ -95,5 +109,4 @@ class VarlenRows:
             scale=scale,
             # Tokens before a query that it sees; itself is not counted.
             window_size=(window - 1 if window else -1, 0),
-            enable_gqa=True,
         )

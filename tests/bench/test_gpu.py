@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,25 +28,78 @@ SMALL = transformers.LlamaConfig(
 )
 
 
+# Dependencies of other parts; a machine that is there for its GPU need not have them.
+NOT_NEEDED = ("ray", "redis", "gguf", "msgspec", "zmq", "grpc_health", "grpc_reflection")
+
+
+def without(code: str) -> subprocess.CompletedProcess[str]:
+    """Runs ``code`` in an interpreter that has none of NOT_NEEDED."""
+    blocked = f"import sys\nsys.modules.update(dict.fromkeys({NOT_NEEDED}))\n"
+    return subprocess.run(
+        [sys.executable, "-c", blocked + code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
 def test_without_a_gpu_nothing_is_measured() -> None:
     """And neither Ray nor Redis is needed to find out."""
-    code = (
-        "import sys\nsys.modules['ray'] = sys.modules['redis'] = None\n"
-        "from bench.gpu import main\nsys.exit(main([]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = without("import bench.gpu_hand_off\nfrom bench.gpu import main\nsys.exit(main([]))")
     assert done.returncode == gpu.NOTHING_MEASURED, done.stderr
     assert done.stdout == "no CUDA device is here: nothing was measured\n"
     script = (ROOT / "bench" / "gpu.sh").read_text("utf-8")
     assert "-m bench.gpu" in script
 
 
+def test_the_contract_tests_of_a_gpu_are_all_there_and_need_no_more() -> None:
+    done = without(
+        "import pytest\nfrom bench.gpu import CONTRACTS\n"
+        "sys.exit(pytest.main(['--collect-only', '-q', '-m', 'gpu', *CONTRACTS]))"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for file in gpu.CONTRACTS:
+        assert file in done.stdout, f"{file} holds no test of a GPU"
+    marked = {
+        str(file.relative_to(ROOT))
+        for file in (ROOT / "tests").rglob("test_*.py")
+        if "pytest.mark.gpu" in file.read_text("utf-8") and file != Path(__file__)
+    }
+    assert marked == set(gpu.CONTRACTS)
+
+
+def test_how_the_contract_tests_ended_is_told(tmp_path: Path) -> None:
+    test = tmp_path / "test_one.py"
+
+    def ended(body: str, limit_s: float = 60.0) -> str:
+        test.write_text(f"import pytest, time\n@pytest.mark.gpu\ndef test_it(): {body}\n", "utf-8")
+        return gpu.contract_tests([str(test)], limit_s)
+
+    assert ended("pass") == "passed"
+    assert ended("assert 1 == 2") == "exit status 1"
+    assert ended("time.sleep(600)", 0.5) == "did not end within 0.5 s"
+
+
+def test_a_peer_that_did_less_has_no_rate() -> None:
+    def answer(tokens: int, error: str | None = None) -> SimpleNamespace:
+        return SimpleNamespace(generated_tokens=[1] * tokens, error=error)
+
+    gpu.check_answers([answer(3), answer(3)], 2, 3)
+    with pytest.raises(RuntimeError, match=r"^1 of 2 answers are whole$"):
+        gpu.check_answers([answer(3), answer(2)], 2, 3)
+    with pytest.raises(RuntimeError, match=r"^0 of 1 answers are whole: out of blocks$"):
+        gpu.check_answers([answer(3, "out of blocks")], 1, 3)
+    with pytest.raises(RuntimeError, match=r"^0 of 1"):
+        gpu.check_answers([], 1, 3)
+
+
 def test_decode_prefill_and_answers_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "STEPS", 1)
     bench = bench_model(random_model(SMALL, CPU), 256, 4)
+    assert bench.notes[0] == "attention: native kernel"
+    assert bench.notes[-1].startswith("probe: ")
     weights = sum(p.numel() for p in bench.loaded.model.parameters()) * 2
     assert bench.step_bytes == weights - 2 * 1024 * 64
     record = Record("gpu")
@@ -78,6 +132,8 @@ def test_a_part_that_fails_is_said_to_be_not_measured(capsys: pytest.CaptureFixt
     gpu.part(missing, "decode", fails)
     assert missing == ["decode: RuntimeError: CUDA error: out of memory"]
     record = Record("gpu")
-    record.notes["device"] = "a card"
+    record.notes |= {"device": "a card", "contract tests": "exit status 1"}
     gpu.table(record, missing)
-    assert "not measured: decode: RuntimeError" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "not measured: decode: RuntimeError" in told
+    assert "contract tests: exit status 1" in told

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from pdserve.engine.layout import LayerShape
 from pdserve.engine.plan import plan_step
 from pdserve.engine.step import Row
 from pdserve.engine.triton_layer import TritonKernels
-from pdserve.engine.varlen import load_varlen
+from pdserve.engine.varlen import grouped, load_varlen
 from tests.engine.test_attention import ROWS, Scene, spelled_out
 
 
@@ -28,9 +29,7 @@ def plain_varlen(
     *,
     scale: float,
     window_size: tuple[int, int],
-    enable_gqa: bool,
 ) -> torch.Tensor:
-    assert enable_gqa
     assert window_size[1] == 0
     assert max_q == int(cu_seq_q.diff().max())
     assert max_k == int(cu_seq_k.diff().max())
@@ -118,6 +117,19 @@ def test_torch_s_function_takes_what_it_is_given() -> None:
     assert set(inspect.signature(plain_varlen).parameters) <= set(parameters)
     assert list(parameters)[:7] == list(inspect.signature(plain_varlen).parameters)[:7]
     cuda = torch.device("cuda")
-    assert load_varlen(cuda, torch.bfloat16) is varlen_attn
+    found = load_varlen(cuda, torch.bfloat16)
+    assert isinstance(found, partial)
+    assert found.func is varlen_attn
+    assert found.keywords == {"enable_gqa": True}
     assert load_varlen(cuda, torch.float32) is None
     assert load_varlen(torch.device("cpu"), torch.bfloat16) is None
+
+
+def test_an_older_torch_is_not_told_of_shared_heads() -> None:
+    """Until 2.11 it has no word for them, and refuses one that it does not know."""
+
+    def older(query: object, *, scale: float, window_size: tuple[int, int]) -> None: ...
+    def oldest(query: object, *, is_causal: bool) -> None: ...
+
+    assert grouped(older) is older
+    assert grouped(oldest) is None

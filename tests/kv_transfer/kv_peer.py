@@ -27,7 +27,7 @@ import torch
 import kv_transfer.serving
 from kv_transfer.base import BlockOffer, Endpoint
 from kv_transfer.exporter import PoolExporter
-from kv_transfer.host import MULTI_RANK_VARIABLE
+from kv_transfer.nccl import MULTI_RANK_VARIABLE
 from kv_transfer.readers import ReaderPool
 from kv_transfer.serving import ServerStats
 from pdserve.engine.host_spans import NativeSpans

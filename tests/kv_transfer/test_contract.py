@@ -36,7 +36,12 @@ import kv_transfer.cuda_ipc
 import kv_transfer.shm
 import kv_transfer.slot_reader
 import kv_transfer.tcp
-from kv_transfer.host import MULTI_RANK_VARIABLE
+from kv_transfer.nccl import (
+    MULTI_RANK_SINCE,
+    MULTI_RANK_VARIABLE,
+    library_version,
+    load_library,
+)
 from kv_transfer.readers import ReaderPool
 from pdserve.config import TransferConfig
 from pdserve.engine.host_spans import PLAIN_SPANS, HostSpans, NativeSpans
@@ -92,6 +97,10 @@ def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Cas
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device on this machine")
         monkeypatch.setenv(MULTI_RANK_VARIABLE, "1")
+        # Both processes are on the first device, however many there are.
+        library = load_library() if chosen.transport is Transport.NCCL else None
+        if library is not None and library_version(library) < MULTI_RANK_SINCE:
+            pytest.skip(f"NCCL {library_version(library)} refuses two ranks on one device")
     return chosen
 
 

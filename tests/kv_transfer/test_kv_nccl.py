@@ -6,6 +6,7 @@ import ctypes
 
 import pytest
 
+from kv_transfer import nccl
 from kv_transfer.nccl import Config, UniqueId, load_library, nonblocking_config
 
 
@@ -44,3 +45,16 @@ def test_the_library_has_every_call_that_a_link_makes() -> None:
     ):
         assert getattr(library, name)
     assert library.ncclGetErrorString(0)
+
+
+@pytest.mark.parametrize(
+    ("version", "allowed", "expected"),
+    [(23203, "1", True), (22809, "1", False), (23203, "0", False), (None, "1", False)],
+)
+def test_two_ranks_on_a_device_need_a_library_that_knows_how_and_leave(
+    monkeypatch: pytest.MonkeyPatch, version: int | None, allowed: str, expected: bool
+) -> None:
+    monkeypatch.setenv(nccl.MULTI_RANK_VARIABLE, allowed)
+    monkeypatch.setattr(nccl, "load_library", lambda: None if version is None else object())
+    monkeypatch.setattr(nccl, "library_version", lambda library: version)
+    assert nccl.links_on_one_device() is expected
