@@ -1,20 +1,23 @@
 """``python -m bench [NAME...]``: runs measurements one after the other and keeps their results.
 
-Without names all run, shortest first. None begins once ``--budget`` minutes are over; what was left
-out is said. A measurement that fails is told at the end, and the others still run.
+Without names all run, shortest first, each in a process of its own. None begins once ``--budget``
+minutes are over; what was left out is said. A measurement that fails is told at the end, and the
+others still run.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import math
+import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
-from bench.record import Record
+from bench.record import RESULTS, Record
 
 # Each has a module here with ``run() -> Record``; in the order in which they run.
 MEASUREMENTS = {
@@ -39,12 +42,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", choices=[*MEASUREMENTS, []], metavar="NAME")
     parser.add_argument("--list", action="store_true", help="tell what there is")
     parser.add_argument("--budget", type=float, default=math.inf, metavar="MINUTES")
+    parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
     parsed = parser.parse_args(arguments)
     if parsed.list:
         for name, what in MEASUREMENTS.items():
             print(f"{name:16} {what}")
         return 0
-    return _run_all(parsed.names or list(MEASUREMENTS), parsed.budget * 60)
+    names = parsed.names or list(MEASUREMENTS)
+    if parsed.in_process:
+        for name in names:
+            record: Record = importlib.import_module(f"bench.{name}").run()
+            print(f"kept in {record.write()}", flush=True)
+        return 0
+    return _run_all(names, parsed.budget * 60)
 
 
 def _run_all(names: Sequence[str], budget_s: float) -> int:
@@ -55,18 +65,25 @@ def _run_all(names: Sequence[str], budget_s: float) -> int:
             left.append(name)
             continue
         print(f"== {name}: {MEASUREMENTS[name]}", flush=True)
-        try:
-            record: Record = importlib.import_module(f"bench.{name}").run()
-        except Exception:  # the other measurements do not depend on this one
-            traceback.print_exc()
-            failed.append(name)
-            continue
-        missed += [f"{name}: {line.text()}" for line in record.lines if line.missed]
-        print(f"kept in {record.write()}", flush=True)
+        # What one leaves in memory must not count for the next.
+        command = [sys.executable, "-m", "bench", "--in-process", name]
+        if subprocess.run(command, check=False).returncode:
+            failed.append(name)  # the others do not depend on it
+        else:
+            missed += [f"{name}: {line}" for line in missed_lines(RESULTS / f"{name}.json")]
     for title, lines in (("missed", missed), ("failed", failed), ("no time left for", left)):
         for line in lines:
             print(f"{title}: {line}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def missed_lines(result: Path) -> list[str]:
+    """Of a result that was kept."""
+    return [
+        f"{line['name']}: {line['value']:.3g} {line['unit']}, goal {line['goal']}"
+        for line in json.loads(result.read_text("utf-8"))["lines"]
+        if line["missed"]
+    ]
 
 
 if __name__ == "__main__":

@@ -29,6 +29,6 @@ def open_exporter(config: TracesConfig) -> Exporter | None:
     except ImportError as error:
         raise ConfigError(
             f"telemetry.traces.endpoint = {config.endpoint!r} needs OpenTelemetry, which is not "
-            f"installed ({error}): pip install 'pdserve[otel]', or leave the endpoint empty"
+            f"installed ({error}): install the extra [otel], or leave the endpoint empty"
         ) from error
     return TraceExporter(config)

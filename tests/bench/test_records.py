@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from bench import report
+from bench.__main__ import missed_lines
 from bench.record import Goal, Record, interleaved, ratio
 from pdserve.bench import provenance
 
@@ -50,6 +51,7 @@ def test_a_miss_is_named_and_kept(tmp_path: Path) -> None:
     assert kept["seed"] == 7
     assert kept["machine"]["cores"] >= 1
     assert [path.name for path in tmp_path.iterdir()] == ["sample.json"]
+    assert missed_lines(tmp_path / "sample.json") == ["too slow: 0.25 x, goal >= 0.5"]
 
 
 def test_the_page_of_figures_names_each_miss_and_what_was_not_measured(tmp_path: Path) -> None:
