@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,7 +31,7 @@ def rows(page: str, heading: str) -> list[list[str]]:
     part = rest.partition("\n## ")[0]
     lines = [line for line in part.split("\n") if line.startswith("|")]
     found = []
-    for before, line in zip(lines, lines[1:], strict=False):
+    for before, line in pairwise(lines):
         if not before.startswith("|---") and line.startswith("|---"):
             continue  # ``before`` is a head, ``line`` its rule
         if not line.startswith("|---"):
