@@ -29,6 +29,7 @@ def open_exporter(config: TracesConfig) -> Exporter | None:
     except ImportError as error:
         raise ConfigError(
             f"telemetry.traces.endpoint = {config.endpoint!r} needs OpenTelemetry, which is not "
-            f"installed ({error}): install the extra [otel], or leave the endpoint empty"
+            f"installed ({error}): pip install '.[otel]' in the checkout, or leave the endpoint "
+            "empty"
         ) from error
     return TraceExporter(config)

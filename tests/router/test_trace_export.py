@@ -221,7 +221,7 @@ def test_an_endpoint_that_cannot_be_is_refused_with_its_name(endpoint: str) -> N
 def test_without_opentelemetry_the_error_names_the_key_and_the_extra(monkeypatch) -> None:
     monkeypatch.delitem(sys.modules, "router.trace_export")
     monkeypatch.setitem(sys.modules, "opentelemetry", None)
-    with pytest.raises(ConfigError, match=r"telemetry\.traces\.endpoint .*pdserve\[otel\]"):
+    with pytest.raises(ConfigError, match=r"telemetry\.traces\.endpoint .*\.\[otel\]"):
         open_exporter(TracesConfig(endpoint="http://127.0.0.1:4317"))
 
 
@@ -236,7 +236,7 @@ def test_only_a_start_is_refused_without_opentelemetry(monkeypatch, capsys, lack
     monkeypatch.setattr(up, "open_cluster", None)  # is not come to
     assert main(["up", "--set", *asked]) == 2
     told = capsys.readouterr().err
-    assert re.search(r"telemetry\.traces\.endpoint .*pdserve\[otel\]", told), told
+    assert re.search(r"telemetry\.traces\.endpoint .*\.\[otel\]", told), told
 
 
 def test_a_start_that_fails_leaves_no_exporter(model_folder, monkeypatch) -> None:

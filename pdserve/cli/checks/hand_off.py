@@ -66,6 +66,6 @@ def _check(one: dict[str, Any], some_moved: bool) -> Check:
 
 def _nccl(version: int, wanted: bool) -> Check:
     if not version:
-        advice = "install the extra [gpu]"
+        advice = "pip install '.[gpu]' in the checkout"
         return Check("nccl", not wanted, "no NCCL library is here", fatal=False, remedy=advice)
     return Check("nccl", True, f"NCCL {version // 10000}.{version // 100 % 100}.{version % 100}")

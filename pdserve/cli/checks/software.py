@@ -86,7 +86,7 @@ def traces(config: Config) -> Check:
         False,
         f"telemetry.traces.endpoint = {endpoint!r} needs OpenTelemetry, and {lacking[0]} is not "
         "installed",
-        remedy="install the extra [otel], or leave the endpoint empty",
+        remedy="pip install '.[otel]' in the checkout, or leave the endpoint empty",
     )
 
 
