@@ -60,32 +60,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return NOTHING_MEASURED
     device = torch.device("cuda:0")
     record = Record("gpu")
-    missing: list[str] = []
-    record.notes |= {
-        "device": torch.cuda.get_device_name(device),
-        "CUDA": torch.version.cuda,
-        "contract tests": "not run",
-        "not measured": missing,
-    }
-
-    def kept(name: str, measure: Callable[[], object]) -> None:
-        part(missing, name, measure)
-        gc.collect()  # a model and what is bound to it refer to each other
-        torch.cuda.empty_cache()
-        record.write(parsed.results)
-
-    for name in SHAPES:
-        kept(name, partial(shape, record, name))
-    kept("hand-off over CUDA IPC", lambda: hand_off(record, device))
-    if not parsed.skip_tests:
-        record.notes["contract tests"] = contract_tests()
-    for name in SHAPES:
-        kept(f"{name}, beside transformers", partial(beside, record, name, SHAPES[name], device))
-    table(record, missing)
+    record.notes |= {"device": torch.cuda.get_device_name(device), "CUDA": torch.version.cuda}
+    measure(record, device, parsed.results, contract_tests if not parsed.skip_tests else None)
+    table(record)
     print(f"kept in {record.write(parsed.results)}")
     if not record.lines:
         return NOTHING_MEASURED
     return 0 if record.notes["contract tests"] in ("not run", "passed") else 1
+
+
+def measure(
+    record: Record, device: torch.device, results: Path, tests: Callable[[], str] | None
+) -> None:
+    """All parts; what was measured is kept in ``results`` after each."""
+    missing: list[str] = []
+    record.notes |= {"contract tests": "not run", "not measured": missing}
+
+    def kept(name: str, measured: Callable[[], object]) -> None:
+        part(missing, name, measured)
+        gc.collect()  # a model and what is bound to it refer to each other
+        torch.cuda.empty_cache()
+        record.write(results)
+
+    for name in SHAPES:
+        kept(name, partial(shape, record, name, device))
+    kept("hand-off over CUDA IPC", lambda: hand_off(record, device))
+    if tests is not None:
+        record.notes["contract tests"] = tests()
+    for name, config in SHAPES.items():
+        kept(f"{name}, beside transformers", partial(beside, record, name, config, device))
 
 
 def contract_tests(files: Sequence[str] = CONTRACTS, limit_s: float = CONTRACTS_S) -> str:
@@ -109,22 +112,22 @@ def part(missing: list[str], name: str, measure: Callable[[], object]) -> None:
         missing.append(f"{name}: {type(error).__name__}: {first}")
 
 
-def table(record: Record, missing: Sequence[str]) -> None:
+def table(record: Record) -> None:
     print(f"\n{record.notes['device']}, torch {torch.__version__}, {record.made.at:%Y-%m-%d}")
     print(f"  contract tests: {record.notes['contract tests']}")
     for line in record.lines:
         print(f"  {line.text()}")
-    for name in missing:
+    for name in record.notes["not measured"]:
         print(f"  not measured: {name}")
 
 
-def shape(record: Record, name: str) -> None:
-    model = random_model(SHAPES[name], torch.device("cuda:0"))
+def shape(record: Record, name: str, device: torch.device) -> None:
+    model = random_model(SHAPES[name], device)
     most = max(PROMPT, max(STREAMS) * (CONTEXT + 16))
     bench = bench_model(model, most, max(STREAMS))
     record.notes[f"{name}: how"] = bench.notes
     for streams in STREAMS:
-        decode(record, name, bench, streams)
+        decode(record, name, bench, streams, CONTEXT)
     prefill(record, name, bench, PROMPT)
     bench.runner.detach()
 
@@ -140,14 +143,15 @@ def timed(device: torch.device, run: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def copy_rate(device: torch.device, size: int = COPIED) -> Callable[[], float]:
+def copy_rate(device: torch.device) -> Callable[[], float]:
     """Bytes/s that a copy on the device reads and writes, together."""
+    size = COPIED
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return lambda: 2 * size / timed(device, lambda: target.copy_(source))
 
 
-def decode(record: Record, name: str, bench: Bench, streams: int, context: int = CONTEXT) -> None:
+def decode(record: Record, name: str, bench: Bench, streams: int, context: int) -> None:
     """Time of a step beside the time that reading weights and KV takes at the copy's rate."""
     device = bench.loaded.device
     rows = bench.rows([context] * streams, [1] * streams)
@@ -163,13 +167,14 @@ def decode(record: Record, name: str, bench: Bench, streams: int, context: int =
     record.ratio(f"{what}: bound / step", found["bound"], found["step"], Goal(0.7))
 
 
-def prefill(record: Record, name: str, bench: Bench, tokens: int, matrix: int = MATRIX) -> None:
+def prefill(record: Record, name: str, bench: Bench, tokens: int) -> None:
     """Rate of the linear layers' products alone, beside one large product's."""
     device, model = bench.loaded.device, bench.loaded.model
     linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
     head = model.get_output_embeddings()
     work = 2 * tokens * sum(m.weight.numel() for m in linears if m is not head)
     rows = bench.rows([tokens], [tokens])
+    matrix = MATRIX
     a, b = (torch.randn(matrix, matrix, device=device, dtype=torch.bfloat16) for _ in range(2))
     found = interleaved(
         {
@@ -213,7 +218,7 @@ def beside(
         max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
     )
     draw = np.random.default_rng(record.seed)
-    # What it sets up is not to be set up again for each batch.
+    # What it sets up takes seconds, and is not to be set up again for each batch.
     lasting = "persistent_manager" in inspect.signature(theirs.generate_batch).parameters
     more = {"persistent_manager": True} if lasting else {}
     record.notes[f"{name}: transformers keeps its manager"] = lasting
@@ -221,15 +226,8 @@ def beside(
     def batched() -> float:
         # No two alike: it may share what prompts begin with, also those of a turn before.
         prompts = draw.integers(5, 1000, (streams, prompt)).tolist()
-        answers: dict[str, Any] = {}
-        took = timed(
-            device,
-            lambda: answers.update(
-                theirs.generate_batch(prompts, generation_config=wanted, **more)
-            ),
-        )
-        check_answers(list(answers.values()), streams, tokens)
-        return streams * tokens / took
+        answers = theirs.generate_batch(prompts, generation_config=wanted, **more)
+        return streams * tokens / seconds_of(list(answers.values()), streams, tokens)
 
     model = random_model(config, device)
     bench = bench_model(model, streams * (prompt + tokens), streams)
@@ -251,13 +249,21 @@ def beside(
     record.ratio(f"{what}: ours / transformers", found["ours"], found["transformers"], Goal(3.0))
 
 
-def check_answers(answers: Sequence[Any], count: int, tokens: int) -> None:
-    """RuntimeError when a peer that hides its failures did less than it was asked for."""
+def seconds_of(answers: Sequence[Any], count: int, tokens: int) -> float:
+    """From a batch's first work to its last token, by the peer's own clock.
+
+    Its set-up before and its end after, a second and more on a CPU, are no work on tokens.
+    RuntimeError when it did less than it was asked for: its failures are hidden.
+    """
     whole = [a for a in answers if not a.error and len(a.generated_tokens) == tokens]
     if len(whole) < count:
         errors = {str(answer.error) for answer in answers if answer.error}
         told = f": {', '.join(sorted(errors))}" if errors else ""
         raise RuntimeError(f"{len(whole)} of {count} answers are whole{told}")
+    begun, ended = (min(a.lifespan[0] for a in whole), max(a.lifespan[1] for a in whole))
+    if not 0 <= begun < ended:
+        raise RuntimeError(f"answers began at {begun:g} and ended at {ended:g} by the peer's clock")
+    return float(ended - begun)
 
 
 def hand_off(record: Record, device: torch.device) -> None:

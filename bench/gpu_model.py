@@ -71,6 +71,7 @@ class Bench:
     loaded: LoadedModel
     layout: BlockLayout
     runner: ModelRunner
+    blocks: int  # of the pool
     notes: tuple[str, ...]  # how it computes, and why
 
     @property
@@ -96,6 +97,7 @@ class Bench:
             ids = np.random.default_rng(context).integers(5, 1000, count).tolist()
             sampler = self.runner.open_sampler(GREEDY, ids, count)
             rows.append(Row(ids, context - count, table, sampler))
+        assert block <= self.blocks, f"the rows need {block} blocks, the pool has {self.blocks}"
         return rows
 
 
@@ -129,4 +131,4 @@ def bench_model(model: Any, max_tokens: int, most_rows: int) -> Bench:
     if isinstance(chosen.kernels, TritonKernels):
         runner.use_graphs(cuda_capture(device), most_rows)
     probed = f"probe: {chosen.report.difference:.1e} (at most {chosen.report.tolerance:g})"
-    return Bench(loaded, layout, runner, (chosen.note or note, *runner.notes, probed))
+    return Bench(loaded, layout, runner, blocks, (chosen.note or note, *runner.notes, probed))

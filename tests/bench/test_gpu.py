@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -83,20 +84,54 @@ def test_how_the_contract_tests_ended_is_told(tmp_path: Path) -> None:
 
 
 def test_a_peer_that_did_less_has_no_rate() -> None:
-    def answer(tokens: int, error: str | None = None) -> SimpleNamespace:
-        return SimpleNamespace(generated_tokens=[1] * tokens, error=error)
+    def answer(tokens: int, error: str | None = None, begun: float = 1.0) -> SimpleNamespace:
+        return SimpleNamespace(
+            generated_tokens=[1] * tokens, error=error, lifespan=(begun, begun + 2)
+        )
 
-    gpu.check_answers([answer(3), answer(3)], 2, 3)
+    assert gpu.seconds_of([answer(3), answer(3, begun=1.5)], 2, 3) == 2.5
     with pytest.raises(RuntimeError, match=r"^1 of 2 answers are whole$"):
-        gpu.check_answers([answer(3), answer(2)], 2, 3)
+        gpu.seconds_of([answer(3), answer(2)], 2, 3)
     with pytest.raises(RuntimeError, match=r"^0 of 1 answers are whole: out of blocks$"):
-        gpu.check_answers([answer(3, "out of blocks")], 1, 3)
+        gpu.seconds_of([answer(3, "out of blocks")], 1, 3)
     with pytest.raises(RuntimeError, match=r"^0 of 1"):
-        gpu.check_answers([], 1, 3)
+        gpu.seconds_of([], 1, 3)
+    with pytest.raises(RuntimeError, match="began at -1"):
+        gpu.seconds_of([answer(3, begun=-1.0)], 1, 3)
+
+
+def test_all_parts_work_together_in_small(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside the real peer; one shape that cannot be measured keeps no other from it."""
+    small = {"SHAPES": {"small": SMALL, "none": None}, "STREAMS": (1, 3), "CONTEXT": 40, "STEPS": 1}
+    small |= {"PROMPT": 100, "MATRIX": 64, "COPIED": 4096, "HANDED": 3}
+    for name, value in small.items():
+        monkeypatch.setattr(gpu, name, value)
+    monkeypatch.setattr(gpu.beside, "__defaults__", (2, 20, 4))
+    record = Record("gpu")
+    record.notes["device"] = "this processor"
+    kept_before: list[int] = []
+
+    def tests() -> str:
+        kept = json.loads((tmp_path / "gpu.json").read_text("utf-8"))
+        kept_before.append(len(kept["lines"]))
+        return "passed"
+
+    gpu.measure(record, CPU, tmp_path, tests)
+    assert kept_before == [8], "decode, prefill and hand-off are kept before the tests begin"
+    names = [line.name for line in record.lines]
+    assert names[-1] == "small, 2 streams, 20 in, 4 out: ours / transformers"
+    assert all(line.found.value > 0 for line in record.lines)
+    missing = [line.partition(":")[0] for line in record.notes["not measured"]]
+    assert missing == ["none", "none, beside transformers"]
+    gpu.table(record)
+    assert "contract tests: passed" in capsys.readouterr().out
 
 
 def test_decode_prefill_and_answers_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "STEPS", 1)
+    for name, value in (("STEPS", 1), ("MATRIX", 64), ("COPIED", 4096)):
+        monkeypatch.setattr(gpu, name, value)
     bench = bench_model(random_model(SMALL, CPU), 256, 4)
     assert bench.notes[0] == "attention: native kernel"
     assert bench.notes[-1].startswith("probe: ")
@@ -104,7 +139,7 @@ def test_decode_prefill_and_answers_are_measured(monkeypatch: pytest.MonkeyPatch
     assert bench.step_bytes == weights - 2 * 1024 * 64
     record = Record("gpu")
     gpu.decode(record, "small", bench, 4, context=40)
-    gpu.prefill(record, "small", bench, 100, matrix=64)
+    gpu.prefill(record, "small", bench, 100)
     assert gpu.answer(bench, 2, 20, 3) > 0
     names = [line.name for line in record.lines]
     assert names == [
@@ -133,7 +168,8 @@ def test_a_part_that_fails_is_said_to_be_not_measured(capsys: pytest.CaptureFixt
     assert missing == ["decode: RuntimeError: CUDA error: out of memory"]
     record = Record("gpu")
     record.notes |= {"device": "a card", "contract tests": "exit status 1"}
-    gpu.table(record, missing)
+    record.notes["not measured"] = missing
+    gpu.table(record)
     told = capsys.readouterr().out
     assert "not measured: decode: RuntimeError" in told
     assert "contract tests: exit status 1" in told
