@@ -19,7 +19,7 @@ from cache_tiers.pace import Pace
 from cache_tiers.redis_tier import RedisTier
 from cache_tiers.spans import Spans
 from cache_tiers.workers import Workers
-from cache_tiers.write_jobs import Clearing, Forget, Send, WriteLimits
+from cache_tiers.write_jobs import Clearing, Deletion, Send, WriteLimits
 from pdserve.errors import TierError
 from pdserve.types import BlockKey, Tier
 
@@ -48,7 +48,7 @@ class SendPath:
         self._lock = threading.Lock()
         self._unsent = 0
         self._undeleted: dict[BlockKey, None] = {}  # the sender thread's own, oldest first
-        self._jobs: Workers[Send | Forget | Clearing] = Workers(
+        self._jobs: Workers[Send | Deletion | Clearing] = Workers(
             "tier-send", 1, self._handle, idle=self._tend, idle_s=IDLE_S
         )
 
@@ -67,7 +67,7 @@ class SendPath:
         due = time.monotonic() + self._patience_s
         return Send(tuple(keys[: len(rows)]), tuple(rows), due) if rows else None
 
-    def post(self, job: Send | Forget | Clearing) -> bool:
+    def post(self, job: Send | Deletion | Clearing) -> bool:
         """False after ``stop``: the job was not taken; a ``Send`` is counted as unsent then."""
         pressing = not isinstance(job, Send)
         if pressing:
@@ -103,7 +103,7 @@ class SendPath:
     def failures(self) -> int:
         return self._jobs.failures
 
-    def stop(self) -> list[Send | Forget | Clearing]:
+    def stop(self) -> list[Send | Deletion | Clearing]:
         """Takes nothing more; returns what was not begun. Its copies will not be sent."""
         self._pace.end()
         left_over = self._jobs.stop()
@@ -117,12 +117,12 @@ class SendPath:
 
     # ---- the sender's thread ---------------------------------------------------------------------
 
-    def _handle(self, job: Send | Forget | Clearing) -> None:
+    def _handle(self, job: Send | Deletion | Clearing) -> None:
         if isinstance(job, Send):
             self._put(job)
             return
         try:
-            if isinstance(job, Forget):
+            if isinstance(job, Deletion):
                 self._delete(job.keys)
             else:
                 self._clear(job)
@@ -208,7 +208,7 @@ class SendPath:
 
     # ---- counting --------------------------------------------------------------------------------
 
-    def _drop(self, job: Send | Forget | Clearing) -> None:
+    def _drop(self, job: Send | Deletion | Clearing) -> None:
         if isinstance(job, Send):
             self._count_unsent(len(job.keys))
             self._aside.give_back(job.rows)

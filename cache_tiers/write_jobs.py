@@ -42,7 +42,9 @@ class Save:
 
 
 @dataclass(frozen=True, slots=True)
-class Forget:
+class Deletion:
+    """Of keys that were fenced; the fence falls with it."""
+
     keys: tuple[BlockKey, ...]
 
 

@@ -21,7 +21,7 @@ from cache_tiers.spans import PoolSpans, Spans
 from cache_tiers.workers import Workers
 from cache_tiers.write_jobs import (
     Clearing,
-    Forget,
+    Deletion,
     Save,
     Send,
     UnpinSink,
@@ -54,7 +54,7 @@ class WritePath:
         self._dropped_jobs = 0
         self._uncopied = 0  # blocks that Redis was to get, and of which no copy was tried
         self._pinned = 0
-        self._writer: Workers[Save | Forget | Clearing] = Workers("tier-write", 1, self._write)
+        self._writer: Workers[Save | Deletion | Clearing] = Workers("tier-write", 1, self._write)
 
     def save(self, job: WriteBack, done: UnpinSink) -> None:
         """Does not block. ``done`` is called on a thread of this path, or here if it is dropped."""
@@ -71,7 +71,7 @@ class WritePath:
 
     def forget(self, keys: tuple[BlockKey, ...]) -> None:
         """The keys are fenced already; the fence falls when no tier holds them."""
-        self._writer.post(Forget(keys))
+        self._writer.post(Deletion(keys))
 
     def clear(self, clearing: Clearing) -> None:
         if not self._writer.post(clearing):
@@ -104,7 +104,7 @@ class WritePath:
 
     def stop(self) -> None:
         """Takes nothing more; what was not begun is unpinned without a copy."""
-        left_over: list[Save | Send | Forget | Clearing] = [*self._writer.stop()]
+        left_over: list[Save | Send | Deletion | Clearing] = [*self._writer.stop()]
         if self._sender is not None:
             left_over += self._sender.stop()
         for job in left_over:
@@ -120,10 +120,10 @@ class WritePath:
 
     # ---- the writer's thread ---------------------------------------------------------------------
 
-    def _write(self, job: Save | Forget | Clearing) -> None:
+    def _write(self, job: Save | Deletion | Clearing) -> None:
         if isinstance(job, Save):
             self._write_back(job)
-        elif isinstance(job, Forget):
+        elif isinstance(job, Deletion):
             if self._host is not None:
                 self._host.delete(job.keys)
             if self._sender is None or not self._sender.post(job):

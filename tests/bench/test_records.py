@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from bench import __main__ as bench_main
 from bench import report
 from bench.__main__ import missed_lines
 from bench.record import Goal, Record, interleaved, ratio
@@ -66,6 +68,32 @@ def test_the_page_of_figures_names_each_miss_and_what_was_not_measured(tmp_path:
     assert (
         next(part for part in told if part.startswith("engines")).strip().endswith("Not measured.")
     )
+
+
+def test_a_measurement_that_fails_is_told_and_the_others_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench_main, "MEASUREMENTS", {"no_such": "fails", "sample": "is there"})
+    monkeypatch.setattr(bench_main, "RESULTS", tmp_path)
+    record = Record("sample")
+    record.value("slow", "ms", [9.0, 9.0], Goal(5, at_least=False))
+    record.write(tmp_path)
+    run = subprocess.run
+
+    def runs(command: list[str], check: bool) -> subprocess.CompletedProcess[bytes]:
+        """The one that is there has run already."""
+        own = command if command[-1] == "no_such" else [sys.executable, "-c", ""]
+        return run(own, check=check)
+
+    monkeypatch.setattr(subprocess, "run", runs)
+    assert bench_main.main([]) == 1
+    told = capfd.readouterr().err
+    assert "failed: no_such" in told
+    assert "missed: sample: slow: 9 ms, goal <= 5" in told
+    assert bench_main.main(["--budget", "0"]) == 0
+    told = capfd.readouterr().err
+    assert "no time left for: no_such" in told
+    assert "no time left for: sample" in told
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")

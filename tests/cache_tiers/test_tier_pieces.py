@@ -71,33 +71,22 @@ def test_a_pause_follows_each_piece_also_the_last_of_a_job(
     assert world.read(keys) == [R] * 8
 
 
-def test_redis_gets_a_job_when_nobody_computes(real_redis: RealRedis, worlds: list[World]) -> None:
-    busy = threading.Event()
-    busy.set()
-    world = open_world(worlds, real_redis.url, limits=patient(600.0), computing=busy.is_set)
-    keys = new_keys(3)
-    world.wait(world.start_write(keys))
-    assert not world.manager.quiesce(0.1)
-    assert stored(real_redis, 0) == 0
-    busy.clear()
-    assert world.manager.quiesce(10)
-    assert world.read(keys) == [R] * 3
-
-
-def test_each_piece_waits_for_a_moment_of_its_own(
-    real_redis: RealRedis, worlds: list[World]
+@pytest.mark.parametrize("before", [0, 1])
+def test_each_piece_waits_for_a_moment_in_which_nobody_computes(
+    real_redis: RealRedis, worlds: list[World], before: int
 ) -> None:
+    """``before``: pieces that go before somebody begins to compute."""
     ended = threading.Event()
 
     def computing() -> bool:
-        return not ended.is_set() and real_redis.client().dbsize() >= 1
+        return not ended.is_set() and real_redis.client().dbsize() >= before
 
     world = open_world(worlds, real_redis.url, limits=patient(600.0), computing=computing)
     keys = new_keys(3)
     world.wait(world.start_write(keys))
-    assert stored(real_redis, 1) == 1
+    assert stored(real_redis, before) == before
     assert not world.manager.quiesce(0.1)
-    assert stored(real_redis, 1) == 1
+    assert stored(real_redis, before) == before
     ended.set()
     assert world.manager.quiesce(10)
     assert world.read(keys) == [R] * 3

@@ -22,6 +22,8 @@ from pdserve.engine.device_plan import (
 )
 from pdserve.engine.plan import StepPlan, plan_step
 from pdserve.engine.step import Row
+from tests.engine.model_world import family_model, running
+from tests.models import VOCAB
 
 BLOCK = 4
 CPU = torch.device("cpu")
@@ -180,6 +182,21 @@ def test_a_model_that_cannot_be_captured_is_run_plainly(caplog: pytest.LogCaptur
     assert world.graphs.reason.endswith(reason)
     assert reason in caplog.text
     assert not world.graphs.takes(singles([3]), torch.arange(1)), "it is not tried again"
+
+
+def test_how_decode_steps_run_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker's log, and what a measurement keeps, must not call replayed what is not."""
+    with running(family_model("llama", "float32"), 16, 8, None) as runner:
+        assert runner.notes == (f"layers: {runner.layers_note}",)
+        monkeypatch.setattr(runner, "_graph_pass", lambda step: torch.zeros(step.size, VOCAB))
+        runner.use_graphs(lambda run: run, 4)
+        assert runner.notes[1] == "decode steps: replayed from graphs"
+
+        def refused(run: Callable[[], None]) -> Callable[[], None]:
+            raise RuntimeError("operation not permitted")
+
+        runner.use_graphs(refused, 4)
+        assert runner.notes[1].endswith("cannot be captured: operation not permitted")
 
 
 @pytest.mark.gpu

@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator
 import kv_links
 import numpy as np
 import pytest
+import torch
 from kv_peer import FINGERPRINT, TOKEN, Peer, PeerSetup, all_bytes, eventually, new_pool, running
 
 from kv_transfer.base import Endpoint
 from kv_transfer.readers import ReaderPool
+from kv_transfer.slots import words
 from pdserve.config import TransferConfig
 from pdserve.engine.memory import PoolMemory
 from pdserve.errors import DeadlineExceeded, TransferError
@@ -245,3 +247,11 @@ def test_closed_readers_open_nothing(peer: Peer, pool: PoolMemory) -> None:
     readers.close()
     with pytest.raises(TransferError):
         readers.reader_for(peer.endpoint)
+
+
+@pytest.mark.parametrize("span", [8, 12, 13, 368_640])
+def test_words_are_the_same_memory_whatever_the_span(span: int) -> None:
+    rows = torch.randint(0, 256, (5, span), dtype=torch.uint8)
+    index, copied = torch.tensor([4, 0, 2]), torch.zeros(3, span, dtype=torch.uint8)
+    torch.index_select(words(rows), 0, index, out=words(copied))
+    assert torch.equal(copied, rows[index])

@@ -141,3 +141,15 @@ def test_one_request_in_full_holds_its_figures_and_no_text(locked) -> None:
     assert 0 < prepare["duration_ms"] <= shown["duration_ms"]
     assert b"fox" not in reply.body
     assert b"dog" not in reply.body
+
+
+def test_a_clock_that_is_set_back_makes_no_request_shorter_than_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    timeline = Timeline(job(prompt=PROMPT, tokens=8))
+    hour = 3600 * 10**9
+    monkeypatch.setattr("router.timelines.unix_ns", lambda moment: timeline.started_ns - hour)
+    timeline.enter(PhaseName.PLACE)
+    timeline.finish(FinishReason.LENGTH, Usage(5, 8))
+    assert timeline.duration_ns() == 0
+    assert all(phase.duration_ns == 0 for phase in timeline.phases())
